@@ -1,0 +1,206 @@
+/* kvrun.h - the one contract between Python, the CPU kernels, the CUDA kernels and the tests.
+ *
+ * An op is a plain C struct; a plan is a flat array of `kv_op`. What changes from step to step
+ * lives in `kv_state`, so a plan is built once and replayed. Python reads this very file (cffi),
+ * so it keeps to what a C declaration parser understands: #define of integers, enums, structs, prototypes.
+ *
+ * Units: every buffer of activations is float32, row-major and dense unless a comment says otherwise.
+ * R = state->n_rows, O = state->n_out. Positions are absolute token positions. Sizes are in elements,
+ * names ending in _bytes, _stride and _offset in bytes.
+ */
+#ifndef KVRUN_H
+#define KVRUN_H
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include <stdint.h>
+
+#define KV_ABI 1          /* bumped with every change of this file's meaning */
+#define KV_PAGE 128       /* token slots of a cache page */
+#define KV_LANES 16       /* rows of a weight block, tokens of a K block */
+#define KV_GROUP 32       /* columns that share a quantization scale */
+
+/* How numbers are stored. The byte layouts of weights and cache pages are in page.h. */
+enum kv_dtype {
+    KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2,
+    KV_Q8 = 3,            /* int8, one f16 scale per KV_GROUP */
+    KV_Q4 = 4,            /* 4 bits, one f16 scale and one f16 minimum per KV_GROUP */
+    /* Sources that kv_pack reads and nothing else uses: GGUF blocks as they lie in a file. */
+    KV_GGUF_Q4_0 = 16, KV_GGUF_Q4_1 = 17, KV_GGUF_Q5_0 = 18, KV_GGUF_Q8_0 = 19, KV_GGUF_Q4_K = 20
+};
+
+enum kv_status { KV_OK = 0, KV_BAD_PLAN = 1, KV_NOT_FINITE = 2 };
+
+/* A linear map R^k -> R^n, packed as page.h says. k is a multiple of KV_GROUP;
+ * n is padded with zero rows to a multiple of KV_LANES. */
+typedef struct kv_weight {
+    const void *data;
+    int32_t dtype;
+    int32_t n, k;
+} kv_weight;
+
+/* One layer's part of the page pool: K of page p starts at base + p*page_stride, as [kv_heads][K bytes];
+ * V of the same page v_offset further on, as [kv_heads][V bytes]. */
+typedef struct kv_cache {
+    void *base;
+    int64_t page_stride, v_offset;
+    int32_t k_dtype, v_dtype;
+    int32_t group;        /* which page table of the state */
+    int32_t reserved;
+} kv_cache;
+
+/* The pages of one sequence in one layer group, oldest first. base[i] is the position of slot 0 of page[i],
+ * a multiple of KV_PAGE; bases ascend and may have holes. Slots past the newest token hold anything. */
+typedef struct kv_table {
+    const int32_t *page, *base;
+    int32_t n_pages;
+    int32_t reserved;
+} kv_table;
+
+/* Settings of one draw. temperature <= 0 is greedy. top_k 0, top_p 1, min_p 0, repeat_penalty 1 are off.
+ * Order and meaning as in transformers: each id in `recent` has its logit divided (multiplied when negative) by
+ * repeat_penalty, once; temperature divides; top-k keeps logits >= the k-th largest; top-p keeps the smallest set of
+ * most likely tokens whose probability reaches top_p (ties: lower id first); min-p keeps p >= min_p * max p. Then one
+ * draw by inverse CDF in order of token id with u = (mix(seed ^ mix(position)) >> 40) * 2^-24, where mix is splitmix64's
+ * finalizer after adding 0x9E3779B97F4A7C15 and position is that of the row; so a replay gives the same tokens.
+ * Greedy takes the lowest id among equals. */
+typedef struct kv_sampler {
+    uint64_t seed;
+    float temperature, top_p, min_p, repeat_penalty;
+    int32_t top_k;
+    int32_t n_recent;             /* how many of `recent` the penalty looks at */
+    const int32_t *recent;        /* [n_recent] token ids, duplicates allowed */
+} kv_sampler;
+
+/* What changes from step to step. */
+typedef struct kv_state {
+    int32_t n_rows;               /* R: rows of this step, at most what the plan was built for */
+    int32_t n_out;                /* O: rows whose logits are wanted; 0 skips the head */
+    int32_t n_seqs, n_groups;
+    int32_t prefill;              /* 1: prompt rows, 0: decode rows. It chooses the arithmetic, so that a row's
+                                     result depends neither on how many rows share its step nor on the chunk size */
+    int32_t status;               /* out: kv_status of the last step */
+    const int32_t *token;         /* [R] token ids */
+    const int32_t *pos;           /* [R] positions, ascending within a sequence */
+    const int32_t *seq;           /* [R] sequence of the row */
+    const int32_t *out_row;       /* [O] rows whose logits are wanted */
+    const kv_table *table;        /* [n_groups][n_seqs] */
+    const kv_sampler *sampler;    /* [O], or null: no token is drawn */
+    int32_t *next;                /* out [O]: the drawn tokens */
+    int64_t appended;             /* counts (row, layer) pairs whose K and V were computed and stored */
+} kv_state;
+
+/* Which rows an op works on. */
+enum kv_rows { KV_ROWS_ALL = 0, KV_ROWS_OUT = 1 };
+
+/* out[R][w.k] = scale * W[token][:] */
+typedef struct kv_op_embed { kv_weight w; float *out; float scale; } kv_op_embed;
+
+/* y = x / sqrt(mean(x^2) + eps) * (w + w_offset) over dim; out = y, or out += scale*y when accumulate.
+ * RMSNorm (Zhang and Sennrich, 2019). out may be x. */
+typedef struct kv_op_norm {
+    const float *x, *w; float *out;
+    int32_t dim, rows, accumulate;
+    float eps, w_offset, scale;
+} kv_op_norm;
+
+/* y = x W^T + bias (bias may be null) for x[rows][k]; z = scale*y; softcap > 0: z = softcap*tanh(z/softcap);
+ * out[rows][n] = z, or out += z when accumulate. */
+typedef struct kv_op_linear {
+    kv_weight w; const float *bias, *x; float *out;
+    int32_t rows, accumulate;
+    float scale, softcap;
+} kv_op_linear;
+
+enum kv_act { KV_SILU = 0, KV_GELU_TANH = 1 };
+/* out[R][dim] = act(x[R][0:dim]) * x[R][dim:2*dim] */
+typedef struct kv_op_act { const float *x; float *out; int32_t dim, kind; } kv_op_act;
+
+/* out[R][2][half]: cos then sin of pos*inv_freq[half], times factor. The product is taken in float32. */
+typedef struct kv_op_rope { const float *inv_freq; float *out; int32_t half; float factor; } kv_op_rope;
+
+enum kv_qk_norm { KV_QK_NONE = 0, KV_QK_HEAD = 1, KV_QK_WHOLE = 2 };
+/* Takes qkv[R][(heads + 2*kv_heads)*head_dim] in place: RMSNorm of q and k (per head: weights [head_dim];
+ * whole projection: weights [heads*head_dim] and [kv_heads*head_dim]), then RoPE (Su et al., 2021) of the
+ * first rope_dim channels of every q and k head with the table rope[R][2][rope_dim/2] (null: none): halves
+ * paired (i, i + rope_dim/2), or neighbours (2i, 2i+1) when interleaved. Then stores K and V in the cache
+ * at the row's position and adds R to state->appended. q stays in qkv; the k and v parts of qkv are
+ * unspecified afterwards. */
+typedef struct kv_op_append {
+    float *qkv; const float *rope, *q_norm, *k_norm;
+    kv_cache cache;
+    int32_t heads, kv_heads, head_dim, rope_dim, interleaved, qk_norm;
+    float eps, w_offset;
+} kv_op_append;
+
+/* out[R][heads*head_dim] = softmax(cap(scale * q k^T)) v over the cached slots of the row's sequence whose
+ * position p satisfies p <= pos and (window == 0 or pos - p < window); q is the first heads*head_dim columns
+ * of qkv; query head h reads KV head h / (heads/kv_heads). softcap > 0: cap(s) = softcap*tanh(s/softcap).
+ * sinks (null or [heads]): one more logit per head in the denominator. */
+typedef struct kv_op_attend {
+    const float *qkv; float *out; const float *sinks;
+    kv_cache cache;
+    int32_t heads, kv_heads, head_dim, window;
+    float scale, softcap;
+} kv_op_attend;
+
+/* out[O][dim] = x[out_row][dim] */
+typedef struct kv_op_gather { const float *x; float *out; int32_t dim; } kv_op_gather;
+
+/* next[O] = a draw from logits[O][vocab] as state->sampler says; KV_NOT_FINITE when a row holds NaN or its
+ * maximum is not finite. The logits stay as they are. Does nothing when sampler is null. */
+typedef struct kv_op_sample { const float *logits; int32_t vocab; } kv_op_sample;
+
+enum kv_kind {
+    KV_OP_EMBED = 0, KV_OP_NORM, KV_OP_LINEAR, KV_OP_ACT, KV_OP_ROPE, KV_OP_APPEND, KV_OP_ATTEND,
+    KV_OP_GATHER, KV_OP_SAMPLE, KV_OP_COUNT
+};
+
+typedef struct kv_op {
+    int32_t kind;
+    int32_t layer;                /* for messages and profiles; -1 outside layers */
+    union {
+        kv_op_embed embed; kv_op_norm norm; kv_op_linear linear; kv_op_act act; kv_op_rope rope;
+        kv_op_append append; kv_op_attend attend; kv_op_gather gather; kv_op_sample sample;
+    };
+} kv_op;
+
+int32_t kv_abi(void);
+
+/* ---- storage (host) ---- */
+
+/* Bytes of a packed weight; -1 for a dtype that is no packed format or a k that is no multiple of KV_GROUP. */
+int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k);
+/* Packs `rows` source rows of k values (row-major, dense; src_dtype F32, F16, BF16 or a KV_GGUF_*) into rows
+ * row0.. of dst, whose data points at kv_pack_bytes() writable bytes. GGUF blocks go only where nothing is lost
+ * beyond rounding a scale to f16: Q4_0, Q4_1, Q4_K -> KV_Q4; Q5_0, Q8_0 -> KV_Q8. F32/F16/BF16 go to any format
+ * but Q8/Q4 (KV_BAD_PLAN for now). Calls for disjoint rows may run on several threads when row0 and rows are multiples of KV_LANES. */
+int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype);
+/* The inverse: rows row0.. of w as float32 [rows][k]. */
+int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out);
+/* Bytes of K (or V: the same) of one head in one page; -1 for an unknown format. */
+int64_t kv_page_bytes(int32_t dtype, int32_t head_dim);
+
+/* ---- the CPU executor ---- */
+
+enum kv_isa { KV_ISA_PLAIN = 0, KV_ISA_AVX2 = 1, KV_ISA_AVX512 = 2, KV_ISA_AMX = 3, KV_ISA_COUNT };
+typedef struct kv_cpu kv_cpu;
+
+/* The best instruction set that this build holds, this CPU has and this kernel grants. */
+int32_t kv_cpu_isa(void);
+/* Starts threads-1 workers (the caller of kv_cpu_step is the last). Null when isa is above kv_cpu_isa(). */
+kv_cpu *kv_cpu_open(int32_t isa, int32_t threads);
+void kv_cpu_close(kv_cpu *);
+/* Bytes of scratch that a step of this plan needs for up to max_rows rows; pointers of the ops are not read. */
+int64_t kv_cpu_scratch(const kv_op *ops, int32_t n_ops, int32_t max_rows, int32_t max_pages, int32_t threads, int32_t isa);
+/* Runs the plan over the state. Returns and stores state->status. scratch: 64-byte aligned. Not reentrant. */
+int32_t kv_cpu_step(kv_cpu *, const kv_op *ops, int32_t n_ops, kv_state *state, void *scratch);
+/* Nanoseconds spent per op kind since the last call, into ns[KV_OP_COUNT]; then zeroes them. */
+void kv_cpu_profile(kv_cpu *, int64_t *ns);
+/* Bytes per second that `threads` cores read from `bytes` of memory together, best of `repeat`. */
+double kv_cpu_read_bandwidth(const void *data, int64_t bytes, int32_t threads, int32_t repeat);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,55 @@
+"""Errors that a user sees, each with its exit code. The message is one line: what, where, what to do."""
+
+
+class KvrunError(Exception):
+    """Base of every expected failure. `exit_code` is what the command exits with."""
+
+    exit_code = 1
+
+
+class UsageError(KvrunError):
+    """The command line cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class NotFoundError(KvrunError):
+    """A model, file or revision does not exist, or is not here while offline."""
+
+    exit_code = 3
+
+
+class AccessError(KvrunError):
+    """The Hub wants a licence accepted or a token."""
+
+    exit_code = 4
+
+
+class ModelError(KvrunError):
+    """The model's files are broken, hostile or of a kind that kvrun does not know."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(KvrunError):
+    """What was asked for does not fit into memory."""
+
+    exit_code = 6
+
+
+class ContextFullError(KvrunError):
+    """The prompt or the conversation does not fit into n_ctx."""
+
+    exit_code = 7
+
+
+class NumericError(KvrunError):
+    """The model produced NaN or Inf."""
+
+    exit_code = 8
+
+
+class StorageError(KvrunError):
+    """Reading or writing a file failed."""
+
+    exit_code = 9
