@@ -29,7 +29,11 @@ enum kv_dtype {
     KV_GGUF_Q4_0 = 16, KV_GGUF_Q4_1 = 17, KV_GGUF_Q5_0 = 18, KV_GGUF_Q8_0 = 19, KV_GGUF_Q4_K = 20
 };
 
-enum kv_status { KV_OK = 0, KV_BAD_PLAN = 1, KV_NOT_FINITE = 2 };
+enum kv_status {
+    KV_OK = 0, KV_BAD_PLAN = 1, KV_NOT_FINITE = 2,
+    KV_UNSUPPORTED = 3,   /* a sound op for which this executor has no kernel; nothing was run */
+    KV_DEVICE = 4         /* the CUDA runtime refused; kv_cuda_error() says why */
+};
 
 /* A linear map R^k -> R^n, packed as page.h says. k is a multiple of KV_GROUP;
  * n is padded with zero rows to a multiple of KV_LANES. */
@@ -199,6 +203,28 @@ int32_t kv_cpu_step(kv_cpu *, const kv_op *ops, int32_t n_ops, kv_state *state, 
 void kv_cpu_profile(kv_cpu *, int64_t *ns);
 /* Bytes per second that `threads` cores read from `bytes` of memory together, best of `repeat`. */
 double kv_cpu_read_bandwidth(const void *data, int64_t bytes, int32_t threads, int32_t repeat);
+
+/* ---- the CUDA executor (its own library, which loads without a driver) ---- */
+
+typedef struct kv_cuda_device {
+    char name[128];
+    int32_t arch;                 /* compute capability: 10*major + minor */
+    int32_t sms;
+    int64_t memory_bytes, free_bytes;
+} kv_cuda_device;
+
+/* Devices that can be used; 0 when there is none, and kv_cuda_error() says why. */
+int32_t kv_cuda_count(void);
+/* The newest CUDA version that the driver speaks (1000*major + 10*minor); 0 without a driver. */
+int32_t kv_cuda_driver(void);
+/* Fills `out`. Opens the device's context in this process. KV_DEVICE on failure. */
+int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out);
+/* Why the last call of this thread failed, one line; "" when it did not. */
+const char *kv_cuda_error(void);
+/* Launches the plan on `stream` (a cudaStream_t as an integer) of the current device and does not wait. `ops` is read
+ * here; `state`, what it points to and all pointers inside the ops are device memory. Launches depend only on the ops and on
+ * max_rows and max_out (bounds of R and O), so that they can be captured in a graph. Checks all ops before it launches one. */
+int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, kv_state *state, int32_t max_rows, int32_t max_out, uint64_t stream);
 
 #ifdef __cplusplus
 }
