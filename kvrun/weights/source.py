@@ -32,6 +32,10 @@ class TensorSource(Protocol):
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype as `read` will give it, shape) without reading data. ModelError if there is none of that name."""
 
+    def stored(self, name: str) -> str:
+        """The file's own name of the tensor's storage: "BF16", "Q6_K", ... Where it is none of DTYPES, `read`
+        dequantizes to f32."""
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> RawTensor:
         """Rows [start, stop) of the tensor (of its first dimension)."""
 

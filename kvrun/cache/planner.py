@@ -1,0 +1,77 @@
+"""Bytes before loading: what a model, a cache of n_ctx tokens and the workspace will take, and whether that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvrun.backends.plan import CacheGroup
+from kvrun.cache.formats import PAGE, GroupLayout, group_layout
+from kvrun.cache.pages import pages_needed
+from kvrun.errors import OutOfMemoryError
+
+
+def pool_layouts(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> list[GroupLayout]:
+    """The layouts of a Pool of these arguments."""
+    return [group_layout(g, *kv, pages_needed(g, n_ctx, chunk)) for g in groups]
+
+
+def cache_bytes(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> int:
+    """Bytes of the whole page pool: exactly what is allocated."""
+    return sum(layout.n_bytes for layout in pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What opening a model takes, in bytes. workspace: activations, logits and kernel scratch."""
+
+    n_ctx: int
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.weights + self.cache + self.workspace
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take: the system's, or its control group's if that is less. None: unknown."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            limits.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass  # another system, or no control groups
+    return min(limits) if limits else None
+
+
+def largest_n_ctx(plan_for: Callable[[int], MemoryPlan], limit: int, upper: int) -> int:
+    """The largest n_ctx up to `upper`, a multiple of a page unless it is `upper`, whose plan takes at most `limit`
+    bytes; 0 when none does. plan_for must not shrink as n_ctx grows."""
+    if plan_for(upper).total <= limit:
+        return upper
+    low, high = 0, -(-upper // PAGE)  # pages: low fits (or is none), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plan_for(middle * PAGE).total <= limit else (low, middle)
+    return low * PAGE
+
+
+def check_fits(plan_for: Callable[[int], MemoryPlan], n_ctx: int, available: int | None) -> MemoryPlan:
+    """The plan for n_ctx. OutOfMemoryError, with the largest n_ctx that fits, when it takes more than `available`."""
+    plan = plan_for(n_ctx)
+    if available is None or plan.total <= available:
+        return plan
+    fits = largest_n_ctx(plan_for, available, n_ctx)
+    advice = f"use --n-ctx {fits}" if fits else "not even the shortest context fits: choose a smaller model"
+    mib = 2**20
+    raise OutOfMemoryError(
+        f"{plan.total / mib:.0f} MiB needed for n_ctx {n_ctx} (weights {plan.weights / mib:.0f}, cache {plan.cache / mib:.0f}, "
+        f"workspace {plan.workspace / mib:.0f}), {available / mib:.0f} MiB available; {advice}")

@@ -1,0 +1,65 @@
+"""The memory of the page pool: one allocation per layer group, made at start and never again.
+
+A page holds 128 token slots of every layer of its group: [layer][K of each KV head, V of each KV head]. So a page is
+one contiguous range of bytes, whatever is later done with it (written to disk, hashed, copied).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvrun.backends.memory import Arena
+from kvrun.backends.plan import CacheGroup
+from kvrun.cache.formats import GroupLayout
+from kvrun.cache.pages import FreeList, Sequence
+from kvrun.cache.planner import pool_layouts
+
+
+class GroupMemory:
+    """One group's pages. memory: uint8 [n_pages * page_stride]."""
+
+    def __init__(self, layout: GroupLayout) -> None:
+        self.layout = layout
+        self._arena = Arena(layout.n_bytes, "the KV cache")
+        self.memory: np.ndarray = self._arena.bytes[: layout.n_bytes]
+
+    k_dtype = property(lambda self: self.layout.k_dtype)
+    v_dtype = property(lambda self: self.layout.v_dtype)
+    page_stride = property(lambda self: self.layout.page_stride)
+    layer_stride = property(lambda self: self.layout.layer_stride)
+    v_offset = property(lambda self: self.layout.v_offset)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.memory = None
+        self._arena.close()
+
+
+class Pool:
+    """Pages for one sequence of n_ctx tokens. groups[i] is the memory of plan group i."""
+
+    def __init__(self, groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> None:
+        self.n_ctx = n_ctx
+        self.plan_groups = groups
+        layouts = pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv)
+        self.groups = [GroupMemory(layout) for layout in layouts]
+        self._free = [FreeList(layout.n_pages) for layout in layouts]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pages: what the planner announced."""
+        return sum(g.layout.n_bytes for g in self.groups)
+
+    @property
+    def max_pages(self) -> int:
+        """The longest page table that a sequence can have."""
+        return max(g.layout.n_pages for g in self.groups)
+
+    def sequence(self) -> Sequence:
+        """A new, empty sequence that takes its pages from this pool."""
+        return Sequence(self.plan_groups, self._free, self.n_ctx)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        for group in self.groups:
+            group.close()

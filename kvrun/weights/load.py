@@ -1,0 +1,147 @@
+"""Packs a model's tensors into the native layouts of kernels/page.h, straight from the file's bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvrun.backends.memory import Arena, aligned
+from kvrun.backends.native import DTYPES, ffi, lib
+from kvrun.backends.plan import Plan, Vector, Weight
+from kvrun.errors import ModelError
+from kvrun.models.spec import TensorRef
+from kvrun.weights.source import RawTensor, TensorSource
+
+# What each stored kind becomes in memory without losing anything but a rounded scale (kv_pack in kernels/kvrun.h).
+_PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8"}
+# Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized; they and mixtures become this.
+_FALLBACK = "bf16"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Where a Weight of the plan lies in the arena, and in which format."""
+
+    weight: Weight
+    dtype: str
+    offset: int
+    n_bytes: int
+
+
+def packed_dtype(weight: Weight, source: TensorSource, refs: Mapping[str, TensorRef]) -> str:
+    """The format that `weight` is held in: that of its parts where they agree, else bfloat16."""
+    kinds = set()
+    for name in (refs[part].name for part in weight.parts):
+        dequantized = source.stored(name).lower() not in DTYPES
+        kinds.add(_FALLBACK if dequantized else _PACKED[source.info(name)[0]])
+    return kinds.pop() if len(kinds) == 1 else _FALLBACK
+
+
+def layout(plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef]) -> list[PackedWeight]:
+    """Where every matrix of the plan will lie. Reads no data."""
+    packed, offset = [], 0
+    for weight in plan.weights:
+        dtype = packed_dtype(weight, source, refs)
+        n_bytes = lib.kv_pack_bytes(DTYPES[dtype], weight.n, weight.k)
+        if n_bytes < 0:
+            raise ModelError(f"{weight.name}: {weight.k} columns, but the kernels need a multiple of {lib.KV_GROUP}")
+        packed.append(PackedWeight(weight, dtype, offset, n_bytes))
+        offset += aligned(n_bytes)
+    return packed
+
+
+def weight_bytes(packed: list[PackedWeight]) -> int:
+    """Bytes of the arena that holds `packed`."""
+    return sum(aligned(p.n_bytes) for p in packed)
+
+
+def read_part(source: TensorSource, ref: TensorRef) -> RawTensor:
+    """The tensor that `ref` names, with a GGUF q/k projection's rows put back into Hugging Face order."""
+    raw = source.read(ref.name, ref.start, ref.stop)
+    if not ref.unpermute_heads:
+        return raw
+    # GGUF stores rows of a head as (half, 2) for neighbour-paired RoPE; Hugging Face pairs row i with i + half.
+    rows = np.frombuffer(raw.data, dtype=np.uint8).reshape(ref.unpermute_heads, raw.shape[0] // ref.unpermute_heads // 2, 2, -1)
+    data = np.ascontiguousarray(rows.swapaxes(1, 2))
+    return RawTensor(raw.name, raw.dtype, raw.shape, data.reshape(-1))
+
+
+def as_float32(raw: RawTensor) -> np.ndarray:
+    """The tensor's values as float32, of its own shape."""
+    data = np.frombuffer(raw.data, dtype=np.uint8)
+    if raw.dtype == "f32":
+        return data.view(np.float32).reshape(raw.shape)
+    if raw.dtype == "f16":
+        return data.view(np.float16).astype(np.float32).reshape(raw.shape)
+    if raw.dtype == "bf16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(raw.shape)
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[raw.dtype.upper()]
+    return dequantize(data.reshape(raw.shape[0], -1), kind).reshape(raw.shape)
+
+
+def pack(packed: list[PackedWeight], arena: Arena, source: TensorSource, refs: Mapping[str, TensorRef],
+         threads: int, progress: Progress | None = None) -> None:
+    """Reads and packs every matrix into `arena`, `threads` at a time. progress(bytes done, bytes in all)."""
+    todo = iter(sorted(packed, key=lambda p: -p.n_bytes))
+    lock = threading.Lock()
+    done, total = 0, weight_bytes(packed)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        nonlocal done
+        while not failures:
+            with lock:
+                item = next(todo, None)
+            if item is None:
+                return
+            try:
+                _pack_one(item, arena, source, refs)
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+                failures.append(error)
+                return
+            with lock:
+                done += aligned(item.n_bytes)
+                if progress:
+                    progress(done, total)
+
+    workers = [threading.Thread(target=work, name="kvrun-pack") for _ in range(threads - 1)]
+    for worker in workers:
+        worker.start()
+    work()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _pack_one(item: PackedWeight, arena: Arena, source: TensorSource, refs: Mapping[str, TensorRef]) -> None:
+    target = ffi.new("kv_weight *", {"data": ffi.cast("void *", arena.address + item.offset), "dtype": DTYPES[item.dtype],
+                                     "n": item.weight.n, "k": item.weight.k})
+    row = 0
+    for part in item.weight.parts:
+        raw = read_part(source, refs[part])
+        rows = raw.shape[0]
+        if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):
+            raw = RawTensor(raw.name, "f32", raw.shape, np.ascontiguousarray(as_float32(raw)).view(np.uint8).reshape(-1))
+        if lib.kv_pack(target, row, rows, ffi.from_buffer(raw.data), DTYPES[raw.dtype]) != lib.KV_OK:
+            raise ModelError(f"{raw.name}: cannot pack {raw.dtype} {raw.shape} as {item.dtype}")
+        row += rows
+    if row != item.weight.n:
+        raise ModelError(f"{item.weight.name}: {row} rows in the file, {item.weight.n} in the config")
+
+
+def read_vector(vector: Vector, source: TensorSource, refs: Mapping[str, TensorRef]) -> np.ndarray:
+    """float32 [dim]: the parts of `vector`, one after the other, each with its ref's `add`."""
+    parts = [as_float32(read_part(source, refs[p])).reshape(-1) + np.float32(refs[p].add) for p in vector.parts]
+    values = np.concatenate(parts).astype(np.float32)
+    if values.size != vector.dim:
+        raise ModelError(f"{vector.name}: {values.size} values in the file, {vector.dim} in the config")
+    return values
