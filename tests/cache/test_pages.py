@@ -1,0 +1,88 @@
+"""Page bookkeeping: every page owned once, windows keep what the next row sees, errors change nothing."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvrun.backends.plan import CacheGroup
+from kvrun.cache.formats import PAGE
+from kvrun.cache.pages import FreeList, Sequence, pages_needed
+from kvrun.errors import ContextFullError
+
+
+def make(n_ctx: int, chunk: int, windows: list[int]) -> tuple[Sequence, list[FreeList], list[CacheGroup]]:
+    groups = [CacheGroup(w, (i,), 1, 64) for i, w in enumerate(windows)]
+    free = [FreeList(pages_needed(g, n_ctx, chunk)) for g in groups]
+    return Sequence(tuple(groups), free, n_ctx), free, groups
+
+
+def check(seq: Sequence, free: list[FreeList], groups: list[CacheGroup], rows: int) -> None:
+    """The invariants after a step of `rows` rows that end at seq.length."""
+    first = seq.length - rows
+    for table, f, group in zip(seq.tables(), free, groups, strict=True):
+        assert len(set(table.pages)) == len(table.pages)
+        assert len(table.pages) + len(f) == f.n_pages
+        assert all(b % PAGE == 0 for b in table.base)
+        assert list(table.base) == sorted(set(table.base))
+        lowest = max(0, first - group.window + 1) if group.window else 0
+        held = {p for b in table.base for p in range(b, b + PAGE)}
+        assert held >= set(range(lowest, seq.length)), "a visible position has no page"
+
+
+@given(st.integers(0, 2**32), st.integers(1, 1500), st.integers(1, 600),
+       st.lists(st.sampled_from([0, 1, 100, 128, 129, 512]), min_size=1, max_size=3))
+def test_random_lives(seed: int, n_ctx: int, chunk: int, windows: list[int]) -> None:
+    rng = random.Random(seed)
+    seq, free, groups = make(n_ctx, chunk, windows)
+    for _ in range(30):
+        if rng.random() < 0.7:
+            rows = rng.choice([1, rng.randint(1, chunk)])
+            before = [(list(t.pages), list(t.base)) for t in seq.tables()]
+            try:
+                seq.extend(rows)
+            except ContextFullError:
+                assert seq.length + rows > n_ctx, "the planned pages must always suffice"
+                assert before == [(list(t.pages), list(t.base)) for t in seq.tables()]
+                continue
+            check(seq, free, groups, rows)
+        else:
+            n = rng.randint(0, seq.length)
+            if seq.truncate(n):
+                assert seq.length == n
+                for table in seq.tables():
+                    assert all(b < n for b in table.base)
+            else:
+                assert any(windows) and n > 0
+    seq.clear()
+    assert all(len(f) == f.n_pages for f in free)
+
+
+def test_full_group_takes_all_pages_and_then_stops() -> None:
+    seq, free, _ = make(300, 64, [0])
+    assert free[0].n_pages == 3
+    seq.extend(300)
+    assert len(free[0]) == 0
+    with pytest.raises(ContextFullError, match="301 tokens.*300"):
+        seq.extend(1)
+    assert seq.length == 300
+
+
+def test_sliding_group_owns_only_its_window() -> None:
+    seq, free, groups = make(32768, 512, [512, 0])
+    assert free[0].n_pages == (512 + 512) // PAGE + 1
+    for _ in range(32768 // 512):
+        seq.extend(512)
+        check(seq, free, groups, 512)
+
+
+def test_short_rewind_of_a_sliding_group_needs_no_prefill() -> None:
+    seq, _, _ = make(8192, 512, [512])
+    for _ in range(4):
+        seq.extend(512)
+    for _ in range(300):
+        seq.extend(1)
+    assert seq.truncate(2200)
+    assert not seq.truncate(10)
+    assert seq.length == 2200
