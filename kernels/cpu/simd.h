@@ -2,9 +2,9 @@
 // Compiled once per instruction set inside namespace KV_NS; everything is static, so that the linker never
 // merges code of two instruction sets.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include "half.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -34,6 +34,16 @@ static inline void load_bf16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd)
 }
 static inline f32x16 load_f16(const uint16_t *p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p))};
+}
+// The same for 32 f16.
+static inline void load_f16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) {
+    __m512i x = _mm512_loadu_si512(p);
+    even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+    odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
+// 2^n where t = n + 1.5*2^23: n then lies in the low bits of t.
+static inline f32x16 exp2_magic(f32x16 t) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(t.v), _mm512_set1_epi32(127)), 23))};
 }
 
 #elif defined(__AVX2__)
@@ -72,6 +82,19 @@ static inline void load_bf16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd)
 static inline f32x16 load_f16(const uint16_t *p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
+static inline void load_f16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) {
+    // Per 16 halves: even members into the low, odd ones into the high half of each 128 bits, then those together.
+    const __m256i part = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+                                          0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    __m256i a = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)p), part), 0xd8);
+    __m256i b = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)(p + 16)), part), 0xd8);
+    even = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_castsi256_si128(b))};
+    odd = {_mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(b, 1))};
+}
+static inline __m256 exp2_magic(__m256 t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127)), 23));
+}
+static inline f32x16 exp2_magic(f32x16 t) { return {exp2_magic(t.lo), exp2_magic(t.hi)}; }
 
 #else
 
@@ -85,25 +108,54 @@ static inline f32x16 operator-(f32x16 a, f32x16 b) { KV_EACH(a.v[i] - b.v[i]); }
 static inline f32x16 operator*(f32x16 a, f32x16 b) { KV_EACH(a.v[i] * b.v[i]); }
 static inline f32x16 operator/(f32x16 a, f32x16 b) { KV_EACH(a.v[i] / b.v[i]); }
 static inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { KV_EACH(a.v[i] * b.v[i] + c.v[i]); }
-static inline f32x16 max(f32x16 a, f32x16 b) { KV_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+static inline f32x16 max(f32x16 a, f32x16 b) { KV_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }  // NaN: b, as x86 has it
 static inline f32x16 min(f32x16 a, f32x16 b) { KV_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 static inline float sum(f32x16 a) { float s = 0; for (int i = 0; i < 16; i++) s += a.v[i]; return s; }
 static inline float max(f32x16 a) { float m = a.v[0]; for (int i = 1; i < 16; i++) m = a.v[i] > m ? a.v[i] : m; return m; }
-static inline float bits_to_f32(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
 static inline void load_bf16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) {
     for (int i = 0; i < 16; i++) {
-        even.v[i] = bits_to_f32((uint32_t)p[2 * i] << 16);
-        odd.v[i] = bits_to_f32((uint32_t)p[2 * i + 1] << 16);
+        even.v[i] = kv::bf16_to_f32(p[2 * i]);
+        odd.v[i] = kv::bf16_to_f32(p[2 * i + 1]);
     }
 }
-static inline float f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, mag = (uint32_t)(h & 0x7fff) << 13;
-    if ((h & 0x7c00) == 0x7c00) return bits_to_f32(sign | 0x7f800000u | mag);
-    return bits_to_f32(sign | 0) + (sign ? -1.f : 1.f) * (bits_to_f32(mag) * bits_to_f32(0x77800000u));  // * 2^112
+static inline f32x16 load_f16(const uint16_t *p) { KV_EACH(kv::f16_to_f32(p[i])); }
+static inline void load_f16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) {
+    for (int i = 0; i < 16; i++) {
+        even.v[i] = kv::f16_to_f32(p[2 * i]);
+        odd.v[i] = kv::f16_to_f32(p[2 * i + 1]);
+    }
 }
-static inline f32x16 load_f16(const uint16_t *p) { KV_EACH(f16_to_f32(p[i])); }
+static inline f32x16 exp2_magic(f32x16 t) { KV_EACH(kv::bits_f32((kv::f32_bits(t.v[i]) + 127) << 23)); }
 #undef KV_EACH
 
 #endif
+
+// e^x = s*(1 + p) with s a power of two; x is clamped to [-87.3, 88.3], NaN stays NaN in p.
+// Polynomial and splitting of ln 2 from Cephes expf.
+static inline void exp_parts(f32x16 x, f32x16 &s, f32x16 &p) {
+    x = max(splat(-87.3f), min(splat(88.3f), x));
+    const f32x16 magic = splat(12582912.f);
+    f32x16 t = fma(x, splat(1.44269504f), magic), n = t - magic;
+    f32x16 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    f32x16 q = splat(1.9875691500e-4f);
+    q = fma(q, r, splat(1.3981999507e-3f));
+    q = fma(q, r, splat(8.3334519073e-3f));
+    q = fma(q, r, splat(4.1665795894e-2f));
+    q = fma(q, r, splat(1.6666665459e-1f));
+    q = fma(q, r, splat(5.0000001201e-1f));
+    p = fma(q, r * r, r);
+    s = exp2_magic(t);
+}
+static inline f32x16 exp(f32x16 x) {  // 1 ulp or two
+    f32x16 s, p;
+    exp_parts(x, s, p);
+    return fma(s, p, s);
+}
+static inline f32x16 tanh(f32x16 x) {  // (e^2x - 1) / (e^2x + 1), exact near zero too
+    f32x16 s, p;
+    exp_parts(min(splat(40.f), x + x), s, p);  // tanh(20) is 1 in float32; no overflow in the quotient
+    f32x16 m = fma(s, p, s - splat(1.f));
+    return m / (m + splat(2.f));
+}
 
 }  // namespace KV_NS

@@ -1,0 +1,242 @@
+// pack.cpp - weights from file order into the blocked layouts of page.h, and back.
+// Built once for the baseline instruction set: the loops move 32-bit words and run at the speed of memory.
+#include "../page.h"
+#include "half.h"
+
+using namespace kv;
+
+namespace {
+
+// ---- where a block lies ----
+
+int64_t column_bytes(int32_t dtype, int64_t k) {  // bytes of one block of 16 rows
+    switch (dtype) {
+        case KV_F32: return k * 64;
+        case KV_F16: case KV_BF16: return k * 32;
+        case KV_Q8: return k / KV_GROUP * KV_Q8_BLOCK;
+        case KV_Q4: return k / KV_GROUP * KV_Q4_BLOCK;
+        default: return -1;
+    }
+}
+
+int64_t source_bytes(int32_t dtype, int64_t k) {  // bytes of one source row; -1 when k does not fit the format
+    switch (dtype) {
+        case KV_F32: return k * 4;
+        case KV_F16: case KV_BF16: return k * 2;
+        case KV_GGUF_Q4_0: return k / 32 * 18;
+        case KV_GGUF_Q4_1: return k / 32 * 20;
+        case KV_GGUF_Q5_0: return k / 32 * 22;
+        case KV_GGUF_Q8_0: return k / 32 * 34;
+        case KV_GGUF_Q4_K: return k % 256 ? -1 : k / 256 * 144;
+        default: return -1;
+    }
+}
+
+uint16_t u16(const uint8_t *p) { uint16_t v; memcpy(&v, p, 2); return v; }
+uint32_t u32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+
+// ---- one group of 32 columns of one row, from a GGUF block into its lane ----
+
+constexpr uint32_t NIBBLES = 0x0f0f0f0f, ONES = 0x01010101;
+
+struct Q4Lane {  // lane of a KV_Q4 block
+    uint8_t *block;
+    int lane;
+    void scale(uint16_t scale, uint16_t min) const {
+        memcpy(block + 2 * lane, &scale, 2);
+        memcpy(block + 32 + 2 * lane, &min, 2);
+    }
+    void word(int j, uint32_t low, uint32_t high) const {  // columns 8j..8j+3 and 8j+4..8j+7, a nibble in each byte
+        uint32_t v = low | high << 4;
+        memcpy(block + 64 + 64 * j + 4 * lane, &v, 4);
+    }
+};
+
+struct Q8Lane {  // lane of a KV_Q8 block
+    uint8_t *block;
+    int lane;
+    void scale(uint16_t scale) const { memcpy(block + 2 * lane, &scale, 2); }
+    void word(int j, uint32_t v) const { memcpy(block + 32 + 64 * j + 4 * lane, &v, 4); }
+};
+
+// Q4_0 and Q4_1 hold column i in the low and column i + 16 in the high nibble of byte i.
+void nibbles_16(const uint8_t *q, Q4Lane to) {
+    for (int half = 0; half < 2; half++) {
+        uint32_t a = u32(q + 8 * half), b = u32(q + 8 * half + 4);
+        to.word(half, a & NIBBLES, b & NIBBLES);
+        to.word(2 + half, a >> 4 & NIBBLES, b >> 4 & NIBBLES);
+    }
+}
+
+void q4_0(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 18 * g;
+    Q4Lane to{block, lane};
+    to.scale(u16(s), f32_to_f16(-8 * f16_to_f32(u16(s))));
+    nibbles_16(s + 2, to);
+}
+
+void q4_1(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 20 * g;
+    Q4Lane to{block, lane};
+    to.scale(u16(s), u16(s + 2));
+    nibbles_16(s + 4, to);
+}
+
+// Q4_K: 256 columns share two f16 factors; eight groups of 32 have 6-bit scales and minima packed in 12 bytes.
+// Groups 2i and 2i+1 are the low and the high nibbles of 32 bytes.
+void q4_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 144 * (g / 8), *packed = s + 4;
+    int i = (int)(g % 8), scale, min;
+    if (i < 4) {
+        scale = packed[i] & 63;
+        min = packed[i + 4] & 63;
+    } else {
+        scale = (packed[i + 4] & 15) | (packed[i - 4] >> 6) << 4;
+        min = packed[i + 4] >> 4 | (packed[i] >> 6) << 4;
+    }
+    Q4Lane to{block, lane};
+    to.scale(f32_to_f16(f16_to_f32(u16(s)) * scale), f32_to_f16(-f16_to_f32(u16(s + 2)) * min));
+    const uint8_t *q = s + 16 + 32 * (i / 2);
+    int shift = 4 * (i % 2);
+    for (int j = 0; j < 4; j++) to.word(j, u32(q + 8 * j) >> shift & NIBBLES, u32(q + 8 * j + 4) >> shift & NIBBLES);
+}
+
+void q8_0(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 34 * g;
+    Q8Lane to{block, lane};
+    to.scale(u16(s));
+    for (int j = 0; j < 8; j++) to.word(j, u32(s + 2 + 4 * j));
+}
+
+// Q5_0: value = scale*(q - 16); bit i of the 32-bit word is the fifth bit of column i, nibbles lie as in Q4_0.
+void q5_0(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 22 * g;
+    Q8Lane to{block, lane};
+    to.scale(u16(s));
+    uint32_t fifth = u32(s + 2);
+    for (int j = 0; j < 8; j++) {
+        uint32_t low = u32(s + 6 + 4 * (j % 4)) >> 4 * (j / 4) & NIBBLES;
+        uint32_t bits = (fifth >> 4 * j & 15) * 0x00204081 & ONES;  // bit i to byte i
+        to.word(j, low | (bits ^ ONES) * 0xf0);                     // q - 16 has its high nibble set where the bit is 0
+    }
+}
+
+using GroupPacker = void (*)(const uint8_t *row, int64_t group, uint8_t *block, int lane);
+
+template <GroupPacker pack> void pack_groups(uint8_t *block, int64_t block_bytes, int64_t groups, const uint8_t *src,
+                                             int64_t row_bytes, int lane, int rows) {
+    for (int64_t g = 0; g < groups; g++)
+        for (int r = 0; r < rows; r++) pack(src + r * row_bytes, g, block + g * block_bytes, lane + r);
+}
+
+// ---- floats ----
+
+float as_f32(const uint8_t *row, int32_t dtype, int64_t c) {
+    if (dtype == KV_F32) return bits_f32(u32(row + 4 * c));
+    uint16_t v = u16(row + 2 * c);
+    return dtype == KV_F16 ? f16_to_f32(v) : bf16_to_f32(v);
+}
+
+// 16-bit words of columns c and c+1 of a row, converted to dtype.
+uint32_t pair(const uint8_t *row, int32_t src_dtype, int32_t dtype, int64_t c) {
+    if (src_dtype == dtype) return u32(row + 2 * c);
+    float a = as_f32(row, src_dtype, c), b = as_f32(row, src_dtype, c + 1);
+    uint32_t low = dtype == KV_F16 ? f32_to_f16(a) : f32_to_bf16(a), high = dtype == KV_F16 ? f32_to_f16(b) : f32_to_bf16(b);
+    return low | high << 16;
+}
+
+void pack_floats(uint8_t *block, int32_t dtype, int64_t k, const uint8_t *src, int32_t src_dtype, int64_t row_bytes,
+                 int lane, int rows) {
+    int step = dtype == KV_F32 ? 1 : 2;  // columns in a 32-bit word
+    for (int64_t c = 0; c < k; c += step)
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *row = src + r * row_bytes;
+            uint32_t word = dtype == KV_F32 ? f32_bits(as_f32(row, src_dtype, c)) : pair(row, src_dtype, dtype, c);
+            memcpy(block + c / step * 64 + 4 * (lane + r), &word, 4);
+        }
+}
+
+// Rows lane..15 of a block become zero.
+void zero_lanes(uint8_t *block, int32_t dtype, int64_t k, int lane) {
+    int64_t bytes = column_bytes(dtype, k), header = dtype == KV_Q4 ? 64 : dtype == KV_Q8 ? 32 : 0;
+    int64_t unit = dtype == KV_Q4 ? KV_Q4_BLOCK : dtype == KV_Q8 ? KV_Q8_BLOCK : bytes;
+    for (int64_t u = 0; u < bytes; u += unit) {
+        for (int64_t h = 0; h < header; h += 32) memset(block + u + h + 2 * lane, 0, 32 - 2 * lane);
+        for (int64_t w = header; w < unit; w += 64) memset(block + u + w + 4 * lane, 0, 64 - 4 * lane);
+    }
+}
+
+bool accepts(int32_t dtype, int32_t src_dtype) {
+    switch (src_dtype) {
+        case KV_F32: case KV_F16: case KV_BF16: return dtype == KV_F32 || dtype == KV_F16 || dtype == KV_BF16;
+        case KV_GGUF_Q4_0: case KV_GGUF_Q4_1: case KV_GGUF_Q4_K: return dtype == KV_Q4;
+        case KV_GGUF_Q5_0: case KV_GGUF_Q8_0: return dtype == KV_Q8;
+        default: return false;
+    }
+}
+
+float unpack_one(const uint8_t *block, int32_t dtype, int lane, int64_t c) {
+    switch (dtype) {
+        case KV_F32: return bits_f32(u32(block + 64 * c + 4 * lane));
+        case KV_F16: return f16_to_f32(u16(block + 64 * (c / 2) + 4 * lane + 2 * (c % 2)));
+        case KV_BF16: return bf16_to_f32(u16(block + 64 * (c / 2) + 4 * lane + 2 * (c % 2)));
+        case KV_Q8: {
+            const uint8_t *b = block + c / KV_GROUP * KV_Q8_BLOCK;
+            int i = (int)(c % KV_GROUP);
+            return f16_to_f32(u16(b + 2 * lane)) * (int8_t)b[32 + 64 * (i / 4) + 4 * lane + i % 4];
+        }
+        default: {
+            const uint8_t *b = block + c / KV_GROUP * KV_Q4_BLOCK;
+            int i = (int)(c % KV_GROUP), q = b[64 + 64 * (i / 8) + 4 * lane + i % 4] >> (i % 8 / 4 * 4) & 15;
+            return f16_to_f32(u16(b + 2 * lane)) * q + f16_to_f32(u16(b + 32 + 2 * lane));
+        }
+    }
+}
+
+bool valid_rows(const kv_weight &w, int64_t row0, int64_t rows) {
+    return kv_pack_bytes(w.dtype, w.n, w.k) >= 0 && row0 >= 0 && rows >= 0 && row0 + rows <= w.n;
+}
+
+}  // namespace
+
+int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k) {
+    int64_t bytes = column_bytes(dtype, k);
+    if (bytes < 0 || n < 0 || k < 0 || k % KV_GROUP) return -1;
+    return (n + KV_LANES - 1) / KV_LANES * bytes;
+}
+
+int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype) {
+    if (!valid_rows(*dst, row0, rows) || !accepts(dst->dtype, src_dtype)) return KV_BAD_PLAN;
+    int64_t k = dst->k, row_bytes = source_bytes(src_dtype, k), block_bytes = column_bytes(dst->dtype, k);
+    if (row_bytes < 0) return KV_BAD_PLAN;
+    uint8_t *data = (uint8_t *)dst->data;
+    const uint8_t *from = (const uint8_t *)src;
+    for (int64_t row = row0, end = row0 + rows; row < end;) {
+        int lane = (int)(row % KV_LANES);
+        int count = (int)(end - row < KV_LANES - lane ? end - row : KV_LANES - lane);
+        uint8_t *block = data + row / KV_LANES * block_bytes;
+        int64_t groups = k / KV_GROUP;
+        switch (src_dtype) {
+            case KV_GGUF_Q4_0: pack_groups<q4_0>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q4_1: pack_groups<q4_1>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q4_K: pack_groups<q4_k>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q5_0: pack_groups<q5_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q8_0: pack_groups<q8_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
+            default: pack_floats(block, dst->dtype, k, from, src_dtype, row_bytes, lane, count);
+        }
+        row += count;
+        from += count * row_bytes;
+        if (row == dst->n && row % KV_LANES) zero_lanes(block, dst->dtype, k, (int)(row % KV_LANES));
+    }
+    return KV_OK;
+}
+
+int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out) {
+    if (!valid_rows(*w, row0, rows)) return KV_BAD_PLAN;
+    int64_t block_bytes = column_bytes(w->dtype, w->k);
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *block = (const uint8_t *)w->data + (row0 + r) / KV_LANES * block_bytes;
+        for (int64_t c = 0; c < w->k; c++) out[r * w->k + c] = unpack_one(block, w->dtype, (int)((row0 + r) % KV_LANES), c);
+    }
+    return KV_OK;
+}
