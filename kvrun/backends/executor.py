@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvrun.backends.batch import Batch
+from kvrun.backends.plan import Plan
 
 
 class Executor(Protocol):
     """Runs a plan over batches. Built with everything allocated; a step allocates nothing that lasts."""
 
     name: str
+    plan: Plan
     appended: int
     """(row, layer) pairs whose K and V were computed since the start."""
 

@@ -42,13 +42,28 @@ class Notice:
 
 @dataclass
 class Stats:
-    """Counts and seconds of one generation."""
+    """Counts and seconds of one generation.
+
+    cached_tokens: prompt tokens whose K and V were in the cache before. prefill_seconds: until the first token was
+    drawn. decode_steps: forward passes after it, which took decode_seconds.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    decode_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, of those that had to be computed."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Decode steps a second."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
