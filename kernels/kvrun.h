@@ -207,7 +207,7 @@ double kv_cpu_read_bandwidth(const void *data, int64_t bytes, int32_t threads, i
 /* ---- the CUDA executor (its own library, which loads without a driver) ---- */
 
 typedef struct kv_cuda_device {
-    char name[128];
+    char name[256];
     int32_t arch;                 /* compute capability: 10*major + minor */
     int32_t sms;
     int64_t memory_bytes, free_bytes;
