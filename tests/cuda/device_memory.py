@@ -1,0 +1,65 @@
+"""A device to run kernels on: the emulator, whose memory is the host's, or a GPU through torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kvrun.backends._abi import ffi
+
+
+class Device:
+    """`lib` with kv_cuda_step, and memory that `lib`'s kernels see. Holds what it gave out until it is dropped."""
+
+    def __init__(self, path: Path, gpu: bool) -> None:
+        self.lib = ffi.dlopen(str(path))
+        self._gpu = gpu
+        self._held = []
+
+    def put(self, data: np.ndarray | bytes) -> int:
+        """Address of a copy of `data` in device memory."""
+        host = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        if self._gpu:
+            import torch
+
+            self._held.append(torch.from_numpy(host.copy()).cuda())
+            return self._held[-1].data_ptr()
+        self._held.append(host.copy())
+        return self._held[-1].ctypes.data
+
+    def get(self, address: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        """A copy of what lies at an address that put() gave, after all launched work."""
+        for held in self._held:
+            if self._gpu and held.data_ptr() == address:
+                return held.cpu().numpy().view(dtype).reshape(shape)
+            if not self._gpu and held.ctypes.data == address:
+                return held.view(dtype).reshape(shape).copy()
+        raise KeyError(address)
+
+    def state(self, *, tokens: list[int] = (), positions: list[int] = (), out_rows: list[int] = ()) -> int:
+        """Address of a kv_state of len(tokens or positions) rows."""
+        state = ffi.new("kv_state *")
+        state.n_rows, state.n_out, state.n_seqs = len(tokens or positions), len(out_rows), 1
+        for name, values in {"token": tokens, "pos": positions, "out_row": out_rows}.items():
+            setattr(state, name, ffi.cast("int32_t *", self.put(np.array(values or [0], np.int32))))
+        return self.put(bytes(ffi.buffer(state)))
+
+    def step(self, ops: list[tuple[str, dict]], state: int, *, max_rows: int, max_out: int = 0) -> int:
+        """Runs ops given as (kind, fields); an address stands for a pointer. Returns the kv_status."""
+        array = ffi.new("kv_op[]", len(ops))
+        for (kind, fields), op in zip(ops, array, strict=True):
+            op.kind, op.layer = getattr(self.lib, f"KV_OP_{kind.upper()}"), -1
+            struct = getattr(op, kind)
+            types = dict(ffi.typeof(struct).fields)
+            for name, value in fields.items():
+                if types[name].type.kind == "pointer":
+                    value = ffi.cast(types[name].type, value)
+                elif isinstance(value, dict):
+                    value = {**value, "data": ffi.cast("void *", value["data"])}
+                setattr(struct, name, value)
+        return self.lib.kv_cuda_step(array, len(ops), ffi.cast("kv_state *", state), max_rows, max_out, 0)
+
+    def error(self) -> str:
+        """What kv_cuda_error says."""
+        return ffi.string(self.lib.kv_cuda_error()).decode()

@@ -1,0 +1,74 @@
+"""The emulator's own promises: barriers, shuffles of diverged warps, and threads that wait for each other for ever."""
+
+import subprocess
+
+import pytest
+
+from .conftest import KERNELS
+
+PROGRAM = r"""
+#include "simt.h"
+#include <cstdio>
+#include <vector>
+
+// Each thread's value passes to the next thread of the block through shared memory, `rounds` times.
+static void rotate(int *out, int rounds) {
+    __shared__ int slot[96];
+    int value = threadIdx.x;
+    for (int i = 0; i < rounds; i++) {
+        slot[(threadIdx.x + 1) % blockDim.x] = value;
+        __syncthreads();
+        value = slot[threadIdx.x];
+        __syncthreads();
+    }
+    out[blockIdx.x * blockDim.x + threadIdx.x] = value;
+}
+
+// Odd and even lanes reduce on their own, the odd ones twice: their barriers must not mix.
+static void halves(int *out) {
+    const bool odd = threadIdx.x & 1;
+    const unsigned mask = odd ? 0xaaaaaaaau : 0x55555555u;
+    int sum = 0;
+    for (int round = 0; round < (odd ? 2 : 1); round++) {
+        sum = threadIdx.x;
+        for (int lane = 16; lane > 1; lane /= 2) sum += __shfl_xor_sync(mask, sum, lane);
+    }
+    out[threadIdx.x] = sum;
+}
+
+static void stuck() {
+    if (threadIdx.x == 0) __syncwarp(); else __syncthreads();
+}
+
+int main() {
+    std::vector<int> out(2 * 96);
+    if (simt::launch(2, 96, [&] { rotate(out.data(), 5); })) return 1;
+    for (int i = 0; i < 192; i++) if (out[i] != (i % 96 + 96 - 5) % 96) return 2;
+    if (simt::launch(1, 64, [&] { halves(out.data()); })) return 3;
+    for (int i = 0; i < 64; i++) {
+        int want = 0;
+        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) if (j % 2 == i % 2) want += j;
+        if (out[i] != want) return 4;
+    }
+    if (simt::launch(1, 64, stuck) != cudaErrorLaunchTimeout) return 5;
+    if (simt::launch(1, 2048, stuck) != cudaErrorInvalidConfiguration) return 6;
+    if (simt::launch(1, 64, [&] { halves(out.data()); })) return 7;   // and the emulator still works
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("sanitize", ["", "-fsanitize=address,undefined"])
+def test_barriers_and_shuffles(cxx, tmp_path, sanitize):
+    source = tmp_path / "program.cpp"
+    source.write_text(PROGRAM, encoding="utf-8")
+    flags = [sanitize, "-fno-sanitize-recover=all"] if sanitize else []
+    if sanitize:
+        empty = tmp_path / "empty.cpp"
+        empty.write_text("int main() {}", encoding="utf-8")
+        if subprocess.run([cxx, *flags, str(empty), "-o", str(tmp_path / "empty")], capture_output=True).returncode:
+            pytest.skip("this compiler has no sanitizers")
+    subprocess.run([cxx, "-std=c++17", "-O1", "-g", *flags, "-I", str(KERNELS / "simt"), str(source),
+                    str(KERNELS / "simt/simt.cpp"), "-o", str(tmp_path / "program")], check=True)
+    run = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

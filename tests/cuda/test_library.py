@@ -1,0 +1,67 @@
+"""The CUDA library on a machine as it is: it loads without a driver, and what is missing is said in one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kvrun.backends.cuda import LIBRARY, probe, require
+from kvrun.errors import UsageError
+
+from .device_memory import Device
+
+
+@pytest.fixture
+def built():
+    if not LIBRARY.exists():
+        pytest.skip(f"not built: {probe().reason}")
+    return probe()
+
+
+def test_loads_without_a_driver(built):
+    """In a process of its own, with no torch and none of the driver's or the runtime's libraries as a requirement."""
+    code = ("import sys\n"
+            "from kvrun.backends.cuda import probe\n"
+            "assert probe().loads, probe().reason\n"
+            "assert 'torch' not in sys.modules\n"
+            "assert 'libcudart' not in open('/proc/self/maps').read()\n")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_says_why_there_is_no_device(built):
+    assert bool(built.devices) != bool(built.reason)
+    if not built.devices:
+        assert "\n" not in built.reason and "CUDA" in built.reason
+    for device in built.devices:
+        assert device.name and 0 < device.free_bytes <= device.memory_bytes and device.sms > 0
+
+
+def test_a_launch_without_a_device_is_an_error_and_no_crash(built):
+    if built.devices:
+        pytest.skip("there is a device")
+    device = Device(LIBRARY, gpu=False)
+    x = device.put(np.zeros(32, np.float32))
+    state = device.state(positions=[0], out_rows=[0])
+    op = ("gather", {"x": x, "out": x, "dim": 32})
+    assert device.step([op], state, max_rows=1, max_out=1) == device.lib.KV_DEVICE
+    assert device.error().startswith("op 0 (gather): ")
+
+
+def test_missing_and_broken_libraries_are_told(tmp_path, cxx):
+    missing = probe(tmp_path / "absent.so")
+    assert not missing.built and not missing.loads and "not built" in missing.reason
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF" + bytes(100))
+    assert probe(broken).built and not probe(broken).loads and str(broken) in probe(broken).reason
+    (tmp_path / "other.cpp").write_text('extern "C" int kv_abi() { return 999; }', encoding="utf-8")
+    subprocess.run([cxx, "-shared", "-fPIC", str(tmp_path / "other.cpp"), "-o", str(tmp_path / "other.so")], check=True)
+    other = probe(tmp_path / "other.so")
+    assert not other.loads and "interface 999" in other.reason
+
+
+def test_the_device_is_refused_with_exit_code_2():
+    with pytest.raises(UsageError, match="no CUDA decode loop yet") as refusal:
+        require()
+    assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
