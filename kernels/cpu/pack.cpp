@@ -3,6 +3,8 @@
 #include "../page.h"
 #include "half.h"
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 using namespace kv;
 
 namespace {
@@ -199,13 +201,13 @@ bool valid_rows(const kv_weight &w, int64_t row0, int64_t rows) {
 
 }  // namespace
 
-int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k) {
+EXPORT int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k) {
     int64_t bytes = column_bytes(dtype, k);
     if (bytes < 0 || n < 0 || k < 0 || k % KV_GROUP) return -1;
     return (n + KV_LANES - 1) / KV_LANES * bytes;
 }
 
-int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype) {
+EXPORT int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype) {
     if (!valid_rows(*dst, row0, rows) || !accepts(dst->dtype, src_dtype)) return KV_BAD_PLAN;
     int64_t k = dst->k, row_bytes = source_bytes(src_dtype, k), block_bytes = column_bytes(dst->dtype, k);
     if (row_bytes < 0) return KV_BAD_PLAN;
@@ -231,7 +233,7 @@ int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *sr
     return KV_OK;
 }
 
-int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out) {
+EXPORT int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out) {
     if (!valid_rows(*w, row0, rows)) return KV_BAD_PLAN;
     int64_t block_bytes = column_bytes(w->dtype, w->k);
     for (int64_t r = 0; r < rows; r++) {

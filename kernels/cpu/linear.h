@@ -1,0 +1,22 @@
+// linear.h - what the files of the linear op share, in namespace KV_NS.
+#pragma once
+#include "kernels.h"
+#include "weight.h"
+
+namespace KV_NS {
+
+static inline int64_t blocks_of(const kv_weight &w) { return (w.n + KV_LANES - 1) / KV_LANES; }
+static inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
+static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }
+
+// Stores y, the plain products of one row with the 16 weight rows of `block`, as kv_op_linear says.
+void linear_finish(const kv_op_linear &, int64_t row, int64_t block, const f32x16 &y);
+
+// Decode: float32 activations times weights that are widened in registers, one pass over the weights.
+void linear_decode(const kv_op_linear &, int rows, kv::Worker &);
+int64_t linear_decode_scratch(const kv_op_linear &, int threads);
+// Prefill: weights widened into panels of 32 rows, each used for all activations.
+void linear_prefill(const kv_op_linear &, int rows, kv::Worker &);
+int64_t linear_prefill_scratch(const kv_op_linear &, int max_rows, int threads);
+
+}  // namespace KV_NS

@@ -1,0 +1,90 @@
+// weight.h - the packed weight formats of page.h as vectors: what decode, the prefill panels and no one else read.
+// A unit is 32 columns of a block of 16 rows. pairs(unit, f) calls f(column, even, odd) for columns 0,1 to 30,31 (in the
+// order that suits the format) with 16 rows in the lanes; value = step(unit)*digit (+ min(unit)) in scaled formats.
+#pragma once
+#include "../page.h"
+#include "simd.h"
+
+#define KV_INLINE inline __attribute__((always_inline))
+
+namespace KV_NS {
+
+struct WeightF32 {
+    static constexpr int64_t UNIT = KV_GROUP * 64;
+    static constexpr bool SCALED = false, MIN = false;
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
+#pragma GCC unroll 16
+        for (int c = 0; c < KV_GROUP; c += 2) f(c, load((const float *)(unit + 64 * c)), load((const float *)(unit + 64 * c + 64)));
+    }
+};
+
+struct WeightF16 {
+    static constexpr int64_t UNIT = KV_GROUP * 32;
+    static constexpr bool SCALED = false, MIN = false;
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
+#pragma GCC unroll 16
+        for (int c = 0; c < KV_GROUP; c += 2) {
+            f32x16 even, odd;
+            load_f16_pairs((const uint16_t *)(unit + 32 * c), even, odd);
+            f(c, even, odd);
+        }
+    }
+};
+
+struct WeightBF16 {
+    static constexpr int64_t UNIT = KV_GROUP * 32;
+    static constexpr bool SCALED = false, MIN = false;
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
+#pragma GCC unroll 16
+        for (int c = 0; c < KV_GROUP; c += 2) {
+            f32x16 even, odd;
+            load_bf16_pairs((const uint16_t *)(unit + 32 * c), even, odd);
+            f(c, even, odd);
+        }
+    }
+};
+
+struct WeightQ8 {
+    static constexpr int64_t UNIT = KV_Q8_BLOCK;
+    static constexpr bool SCALED = true, MIN = false;
+    static KV_INLINE f32x16 step(const uint8_t *unit) { return load_f16((const uint16_t *)unit) * splat(0x1p-24f); }
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) {
+            u32x16 q = load_words(unit + 32 + 64 * j);
+            f(4 * j, byte_2p24<0>(q), byte_2p24<1>(q));
+            f(4 * j + 2, byte_2p24<2>(q), byte_2p24<3>(q));
+        }
+    }
+};
+
+struct WeightQ4 {
+    static constexpr int64_t UNIT = KV_Q4_BLOCK;
+    static constexpr bool SCALED = true, MIN = true;
+    static KV_INLINE f32x16 step(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
+    static KV_INLINE f32x16 min(const uint8_t *unit) { return load_f16((const uint16_t *)(unit + 32)); }
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            u32x16 q = load_words(unit + 64 + 64 * j);
+            f(8 * j, nibble<0>(q), nibble<2>(q));
+            f(8 * j + 2, nibble<4>(q), nibble<6>(q));
+            f(8 * j + 4, nibble<1>(q), nibble<3>(q));
+            f(8 * j + 6, nibble<5>(q), nibble<7>(q));
+        }
+    }
+};
+
+// Calls f(WeightXX{}) for the format of w; dtype is one that kv_pack_bytes knows.
+template <class F> static KV_INLINE void with_format(int32_t dtype, F f) {
+    switch (dtype) {
+        case KV_F32: f(WeightF32{}); break;
+        case KV_F16: f(WeightF16{}); break;
+        case KV_BF16: f(WeightBF16{}); break;
+        case KV_Q8: f(WeightQ8{}); break;
+        case KV_Q4: f(WeightQ4{}); break;
+        default: break;
+    }
+}
+
+}  // namespace KV_NS
