@@ -1,0 +1,67 @@
+"""Reading a model folder in the Hugging Face layout, and a GGUF file, into ModelFiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kvrun.errors import ModelError, NotFoundError, StorageError
+from kvrun.hub.files import ModelFiles
+
+_MAX_JSON = 16 << 20
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(path: Path, repair: str) -> dict:
+    """A JSON object. ModelError if it is none, is a git-LFS pointer, or is absurdly large."""
+    from kvrun.weights.blob import refuse_lfs_pointer
+
+    try:
+        with path.open("rb") as f:
+            raw = f.read(_MAX_JSON + 1)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; {repair}") from None
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e.strerror}") from e
+    if len(raw) > _MAX_JSON:
+        raise ModelError(f"{path}: more than {_MAX_JSON >> 20} MiB, no configuration is that large")
+    refuse_lfs_pointer(raw, path, repair)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{path}: not valid JSON ({e}); {repair}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object; {repair}")
+    return value
+
+
+def open_folder(path: Path, name: str, repair: str = "fetch it again", **settings) -> ModelFiles:
+    """ModelFiles of a folder. ModelError for one without config.json or with pickled weights only."""
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: no such folder")
+    if not (path / "config.json").exists():
+        if list(path.glob("*.gguf")):
+            raise ModelError(f"{path}: holds GGUF files; name the one that you mean")
+        raise ModelError(f"{path}: no config.json, so no model in the Hugging Face layout")
+    config = read_json(path / "config.json", repair)
+    if not any(path.glob("*.safetensors")) and not (path / "model.safetensors.index.json").exists():
+        if any(p for pattern in _PICKLES for p in path.glob(pattern)):
+            raise ModelError(f"{path}: only pickled weights, which can run code when read; "
+                             "look for a revision with *.safetensors")
+        raise ModelError(f"{path}: no *.safetensors in it; {repair}")
+    generation = path / "generation_config.json"
+    return ModelFiles(name=name, kind="folder", path=path, config=config, repair=repair,
+                      generation_config=read_json(generation, repair) if generation.exists() else {},
+                      **{"revision": None} | settings)
+
+
+def open_gguf(path: Path, name: str, repair: str = "fetch it again", **settings) -> ModelFiles:
+    """ModelFiles of a GGUF file, its header parsed once and kept as `.gguf`."""
+    from kvrun.weights.gguf_config import hf_config, hf_generation_config
+    from kvrun.weights.gguf_file import GgufFile
+
+    file = GgufFile(path, repair)
+    licence = file.metadata.get("general.license")
+    settings = {"licence": licence if isinstance(licence, str) else None, "revision": None} | settings
+    return ModelFiles(name=name, kind="gguf", path=path, config=hf_config(file), repair=repair,
+                      generation_config=hf_generation_config(file), gguf=file, **settings)

@@ -1,0 +1,52 @@
+"""Reading a file by position: every byte that was asked for, or a ModelError."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvrun.errors import ModelError, NotFoundError, StorageError
+
+_LFS = b"version https://git-lfs"
+_CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
+
+
+def open_file(path: Path) -> int:
+    """A descriptor for reading. NotFoundError if there is no such file, StorageError if it cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be opened: {e.strerror}") from e
+    if os.fstat(fd).st_mode & 0o170000 != 0o100000:
+        os.close(fd)
+        raise StorageError(f"{path}: not a regular file")
+    return fd
+
+
+def read_into(fd: int, buffer, offset: int, path: Path, repair: str) -> None:
+    """Fills `buffer` (writable, contiguous) from byte `offset`. ModelError when the file ends before it is full."""
+    view = memoryview(buffer).cast("B")
+    at = 0
+    while at < len(view):
+        try:
+            got = os.preadv(fd, [view[at:at + _CHUNK]], offset + at)
+        except OSError as e:
+            raise StorageError(f"{path}: reading at byte {offset + at} failed: {e.strerror}") from e
+        if got == 0:
+            raise ModelError(f"{path}: cut short at byte {offset + at}, {len(view) - at} more were expected; {repair}")
+        at += got
+
+
+def read_bytes(fd: int, size: int, offset: int, path: Path, repair: str) -> bytearray:
+    """`size` bytes from `offset`."""
+    out = bytearray(size)
+    read_into(fd, out, offset, path, repair)
+    return out
+
+
+def refuse_lfs_pointer(head: bytes, path: Path, repair: str) -> None:
+    """ModelError when `head`, the first bytes of a file, are those of a git-LFS pointer instead of the file itself."""
+    if bytes(head).startswith(_LFS):
+        raise ModelError(f"{path}: a git-LFS pointer, not the file itself; {repair} (or git lfs pull)")
