@@ -1,6 +1,5 @@
 // linear.cpp - y = x W^T: choice of arithmetic and what follows the product.
 #include "linear.h"
-#include "vmath.h"
 
 namespace KV_NS {
 

@@ -53,6 +53,10 @@ template <int I> static inline f32x16 byte_2p24(u32x16 a) {
     const __m128i top = _mm_setr_epi8(-1, -1, -1, I, -1, -1, -1, 4 + I, -1, -1, -1, 8 + I, -1, -1, -1, 12 + I);
     return {_mm512_cvtepi32_ps(_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(top)))};
 }
+// 2^n where t = n + 1.5*2^23: n then lies in the low bits of t.
+static inline f32x16 exp2_magic(f32x16 t) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(t.v), _mm512_set1_epi32(127)), 23))};
+}
 
 #elif defined(__AVX2__)
 
@@ -113,12 +117,15 @@ template <int I> static inline f32x16 byte_2p24(u32x16 a) {
                                          -1, -1, -1, I, -1, -1, -1, 4 + I, -1, -1, -1, 8 + I, -1, -1, -1, 12 + I);
     return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(a.lo, top)), _mm256_cvtepi32_ps(_mm256_shuffle_epi8(a.hi, top))};
 }
+static inline __m256 exp2_magic(__m256 t) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127)), 23));
+}
+static inline f32x16 exp2_magic(f32x16 t) { return {exp2_magic(t.lo), exp2_magic(t.hi)}; }
 
 #else
 
 struct f32x16 { float v[16]; };
 static inline float bits_to_f32(uint32_t b) { return kv::bits_f32(b); }
-static inline float f16_to_f32(uint16_t h) { return kv::f16_to_f32(h); }
 #define KV_EACH(expr) f32x16 r; for (int i = 0; i < 16; i++) r.v[i] = (expr); return r
 static inline f32x16 load(const float *p) { KV_EACH(p[i]); }
 static inline void store(float *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = a.v[i]; }
@@ -149,8 +156,37 @@ struct u32x16 { uint32_t v[16]; };
 static inline u32x16 load_words(const void *p) { u32x16 a; memcpy(a.v, p, 64); return a; }
 template <int S> static inline f32x16 nibble(u32x16 a) { KV_EACH((float)(int32_t)(a.v[i] >> 4 * S & 15)); }
 template <int I> static inline f32x16 byte_2p24(u32x16 a) { KV_EACH((float)(int32_t)(a.v[i] << (24 - 8 * I) & 0xff000000)); }
+static inline f32x16 exp2_magic(f32x16 t) { KV_EACH(kv::bits_f32((kv::f32_bits(t.v[i]) + 127) << 23)); }
 #undef KV_EACH
 
 #endif
+
+// e^x = s*(1 + p) with s a power of two; x is clamped to [-87.3, 88.3], NaN stays NaN in p.
+// Polynomial and splitting of ln 2 from Cephes expf.
+static inline void exp_parts(f32x16 x, f32x16 &s, f32x16 &p) {
+    x = max(splat(-87.3f), min(splat(88.3f), x));
+    const f32x16 magic = splat(12582912.f);
+    f32x16 t = fma(x, splat(1.44269504f), magic), n = t - magic;
+    f32x16 r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    f32x16 q = splat(1.9875691500e-4f);
+    q = fma(q, r, splat(1.3981999507e-3f));
+    q = fma(q, r, splat(8.3334519073e-3f));
+    q = fma(q, r, splat(4.1665795894e-2f));
+    q = fma(q, r, splat(1.6666665459e-1f));
+    q = fma(q, r, splat(5.0000001201e-1f));
+    p = fma(q, r * r, r);
+    s = exp2_magic(t);
+}
+static inline f32x16 exp(f32x16 x) {  // 1 ulp or two
+    f32x16 s, p;
+    exp_parts(x, s, p);
+    return fma(s, p, s);
+}
+static inline f32x16 tanh(f32x16 x) {  // (e^2x - 1) / (e^2x + 1), exact near zero too
+    f32x16 s, p;
+    exp_parts(min(splat(40.f), x + x), s, p);  // tanh(20) is 1 in float32; no overflow in the quotient
+    f32x16 m = fma(s, p, s - splat(1.f));
+    return m / (m + splat(2.f));
+}
 
 }  // namespace KV_NS
