@@ -1,0 +1,26 @@
+"""Ctrl-C while an answer is being computed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvrun.engine import Engine
+
+
+@contextmanager
+def interrupts(engine: Engine) -> Iterator[None]:
+    """While inside, the first SIGINT ends the answer after the step in progress, and a second one raises
+    KeyboardInterrupt."""
+    def handler(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        engine.interrupt()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,131 @@
+"""The command line: commands registered, errors mapped to one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from kvrun import __version__
+from kvrun.cli import chat, doctor, run
+from kvrun.errors import KvrunError, UsageError
+from kvrun.terminal import console, streams
+
+_INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143  # 128 + signal number, as shells have it
+
+app = typer.Typer(name="kvrun", add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console().line(f"kvrun {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvrun(version: Annotated[bool, typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+    """Run a language model on this machine.
+
+    \b
+    Examples:
+      kvrun run smollm2-135m "Name three rivers."
+      git diff | kvrun run smollm2-135m "Write a commit message for this change."
+      kvrun chat smollm2-135m
+
+    \b
+    Exit codes: 0 done, 1 internal error, 2 usage, 3 not found or offline, 4 not
+    authorised, 5 bad model, 6 out of memory, 7 context full, 8 NaN or Inf,
+    9 input or output, 130/141/143 SIGINT/SIGPIPE/SIGTERM.
+    """
+
+
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
+
+_ClickException = typer.BadParameter.__base__.__base__
+"""click's base of every error of the command line; typer carries click under different names in its versions."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _on_sigterm(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command that `args` (default: this process') name. Returns the exit code."""
+    streams.guard_closed_streams()
+    streams.utf8_text_streams()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    code = _guarded(lambda: _dispatch(sys.argv[1:] if args is None else args))
+    try:
+        streams.flush_text_streams()
+    except BrokenPipeError:
+        code = code or _BROKEN_PIPE
+    except OSError as error:
+        console().error(f"cannot write to standard output: {error.strerror}")
+        code = code or 9
+    return code
+
+
+def _dispatch(args: list[str]) -> int:
+    command = typer.main.get_command(app)
+    if not args:  # nothing to do, but somebody who may want to know what there is
+        console().out(command.get_help(command.context_class(command, info_name="kvrun")) + "\n")
+        return UsageError.exit_code
+    with command.make_context("kvrun", list(args)) as context:
+        return command.invoke(context) or 0
+
+
+def _guarded(call) -> int:
+    """What `call` returns, or the exit code of what it raised, after its one line on stderr."""
+    try:
+        return call()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console().clear_progress()
+        return _INTERRUPTED
+    except Terminated:
+        console().clear_progress()
+        return _TERMINATED
+    except BrokenPipeError:
+        return _BROKEN_PIPE
+    except KvrunError as error:
+        return _fail(str(error), error.exit_code)
+    except _ClickException as error:
+        return _fail_usage(error)
+    except MemoryError:
+        return _fail("out of memory; use a smaller model or a smaller --n-ctx", 6)
+    except OSError as error:
+        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        what = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        return _fail(f"{what}{where}", 9)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: one line, never a trace unasked
+        hint = "" if console().verbose else "; run it again with -v for the trace"
+        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if console().verbose:
+        import traceback
+
+        console().trace(traceback.format_exc())
+    console().error(message)
+    return code
+
+
+def _fail_usage(error: Exception) -> int:
+    """An error that the parser found, with the command's own help as the next step."""
+    context = getattr(error, "ctx", None)
+    hint = f" (see '{context.command_path} --help')" if context is not None else ""
+    return _fail(error.format_message() + hint, error.exit_code)

@@ -1,0 +1,183 @@
+"""Options that several commands share, each declared once, and the frozen forms they are parsed into."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kvrun.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvrun.backends.batch import Sampler
+    from kvrun.engine import Engine
+    from kvrun.hub.files import ModelFiles
+    from kvrun.terminal import Console
+
+Device = Literal["auto", "cpu", "cuda", "reference"]
+
+
+Model = Annotated[str, typer.Argument(
+    metavar="MODEL", show_default=False, help="An alias of models.toml, a local folder, org/name[@revision], or a .gguf file.")]
+NCtx = Annotated[int | None, typer.Option(
+    "-n", "--n-ctx", metavar="N", min=1, show_default=False,
+    help="Tokens of context, allocated at start. Default: the alias' value, else the trained length, at most 8192.")]
+Kv = Annotated[Literal["f16", "f32"], typer.Option(
+    "--kv", help="Format of the KV cache; f16 is bf16 where the model is bf16.")]
+Overflow = Annotated[Literal["stop"], typer.Option(
+    "--overflow", help="What happens when the context is full.")]
+DeviceOption = Annotated[Device, typer.Option(
+    "--device", help="Where to compute; reference is plain torch in float32, slow and exact.")]
+Threads = Annotated[int | None, typer.Option(
+    "--threads", metavar="N", min=1, max=256, show_default=False, help="CPU threads. Default: one per physical core.")]
+Revision = Annotated[str | None, typer.Option(
+    "--revision", metavar="REV", show_default=False, help="Branch, tag or commit of a Hub model.")]
+Offline = Annotated[bool, typer.Option(
+    "--offline", help="Open no connection; use what is on disk.")]
+TemplateFile = Annotated[Path | None, typer.Option(
+    "--template-file", metavar="FILE", show_default=False, help="A Jinja chat template to use in place of the model's.")]
+System = Annotated[str | None, typer.Option(
+    "-s", "--system", metavar="TEXT", show_default=False, help="System prompt.")]
+
+MaxTokens = Annotated[int | None, typer.Option(
+    "--max-tokens", metavar="N", min=0, show_default=False,
+    help="Longest answer. Default: until the model ends it or the context is full.")]
+Temp = Annotated[float | None, typer.Option(
+    "--temp", metavar="T", min=0.0, show_default=False,
+    help="Temperature; 0 takes the likeliest token. This and the next four default to the model's generation_config.json, "
+         "then to the alias, then to off.")]
+TopP = Annotated[float | None, typer.Option(
+    "--top-p", metavar="P", min=0.0, max=1.0, show_default=False,
+    help="Keep the likeliest tokens that reach this probability together.")]
+TopK = Annotated[int | None, typer.Option(
+    "--top-k", metavar="K", min=0, show_default=False, help="Keep the K likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float | None, typer.Option(
+    "--min-p", metavar="P", min=0.0, max=1.0, show_default=False,
+    help="Keep tokens at least this probable, as a share of the likeliest one's probability.")]
+RepeatPenalty = Annotated[float | None, typer.Option(
+    "--repeat-penalty", metavar="X", min=0.0, show_default=False, help="Divide logits of tokens seen before; 1 is off.")]
+Seed = Annotated[int | None, typer.Option(
+    "--seed", metavar="N", min=0, max=2**64 - 1, show_default=False, help="Same seed, same answer. Default: drawn, and reported.")]
+StopStrings = Annotated[list[str] | None, typer.Option(
+    "--stop", metavar="TEXT", show_default=False, help="End the answer before this text. May be given more than once.")]
+
+Color = Annotated[Literal["auto", "always", "never"], typer.Option(
+    "--color", help="Colour of messages on stderr.")]
+Sanitize = Annotated[Literal["auto", "never"], typer.Option(
+    "--sanitize", help="auto: on a terminal, show control sequences in the answer instead of obeying them.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notices and no progress on stderr.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="With an error, the Python trace.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is opened."""
+
+    model: str
+    n_ctx: int | None = None
+    kv: str = "f16"
+    device: str = "auto"
+    threads: int | None = None
+    revision: str | None = None
+    offline: bool = False
+    template_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How an answer is drawn and when it ends. None: not given."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How the console writes."""
+
+    color: str = "auto"
+    sanitize: str = "auto"
+    quiet: bool = False
+    verbose: bool = False
+
+
+# Sampler field -> its key in generation_config.json and in an alias' sampling table
+_GENERATION_KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+                    "repeat_penalty": "repetition_penalty"}
+
+
+def build_sampler(options: SamplingOptions, generation_config: dict[str, Any], alias: dict[str, Any]) -> Sampler:
+    """Flags win over generation_config.json, that over the alias, and what nobody sets is off (greedy).
+
+    A generation_config that says do_sample: false is greedy; one that says true and no temperature means 1.
+    """
+    from kvrun.backends.batch import Sampler
+
+    def named(table: dict[str, Any]) -> dict[str, Any]:
+        return {field: table[key] for field, key in _GENERATION_KEYS.items() if table.get(key) is not None}
+
+    config = named(generation_config)
+    if generation_config.get("do_sample") is False:
+        config["temperature"] = 0.0
+    elif generation_config.get("do_sample") is True:
+        config.setdefault("temperature", 1.0)
+    given = {field: getattr(options, field) for field in _GENERATION_KEYS if getattr(options, field) is not None}
+    chosen = named(alias) | config | given
+    for field, kind in {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repeat_penalty": float}.items():
+        if field in chosen:
+            try:
+                chosen[field] = kind(chosen[field])
+            except (TypeError, ValueError):
+                raise UsageError(f"generation_config.json: {_GENERATION_KEYS[field]} is {chosen[field]!r}, not a number; "
+                                 "give the flag instead") from None
+    if chosen.get("repeat_penalty", 1.0) <= 0:
+        raise UsageError("--repeat-penalty 0: must be above 0; 1 is off")
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbits(32) if chosen.get("temperature", 0.0) > 0 else 0
+    return Sampler(seed=seed, **chosen)
+
+
+def configure_console(options: OutputOptions) -> Console:
+    """This process' console, as the command line wants it."""
+    from kvrun.terminal import configure
+
+    return configure(color=options.color, sanitize=options.sanitize, quiet=options.quiet, verbose=options.verbose)
+
+
+def resolve_model(options: ModelOptions, console: Console) -> ModelFiles:
+    """The model's files, fetched when they are not here."""
+    from kvrun import hub
+
+    try:
+        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=bytes_progress(console))
+    finally:
+        console.clear_progress()
+
+
+def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, max_out: int = 1) -> Engine:
+    """The engine over `files`, with the template of --template-file where one is given."""
+    from kvrun.runtime import open_engine
+
+    try:
+        engine = open_engine(files, device=options.device, n_ctx=options.n_ctx, kv=options.kv, threads=options.threads,
+                             max_out=max_out, progress=bytes_progress(console), notify=console.notice)
+    finally:
+        console.clear_progress()
+    return engine
+
+
+def bytes_progress(console: Console) -> Any:
+    """A progress callback (what, done, total) in bytes."""
+    def report(what: str, done: int, total: int | None) -> None:
+        console.progress(what, done, total, unit="B")
+    return report

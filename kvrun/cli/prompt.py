@@ -1,0 +1,83 @@
+"""Where a prompt comes from: -f files, piped standard input, and the argument."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvrun.errors import StorageError, UsageError
+from kvrun.terminal import streams
+
+
+def gather_prompt(argument: str | None, files: Sequence[Path], *, raw: bool) -> str:
+    """The whole prompt: files, then standard input when it is no terminal, then the argument, a blank line between.
+
+    "-" as the argument stands for standard input alone. A final newline of a file or of standard input is dropped,
+    unless `raw` and there is just that one part, which is then taken as it is. Raises UsageError when nothing is
+    given or all of it is empty, or what is given is no UTF-8 text; StorageError when a file cannot be read.
+    """
+    parts = [_read_file(path) for path in files]
+    from_terminal = streams.is_terminal(streams.STDIN)
+    if argument == "-" and from_terminal:
+        raise UsageError("PROMPT is '-' and standard input is a terminal; pipe text into it or write the prompt out")
+    if not from_terminal:
+        parts.append(_read_stdin())
+    if argument not in (None, "-"):
+        parts.append(_argument_text(argument))
+    if argument is None and not parts:
+        raise UsageError("no prompt; give PROMPT, -f FILE, or pipe text into standard input (for a conversation: 'kvrun chat')")
+    parts = [part for part in parts if part]
+    if len(parts) > 1 or not raw:
+        parts = [_without_final_newline(part) for part in parts]
+        text = "\n\n".join(part for part in parts if part)
+    else:
+        text = "".join(parts)
+    if not (text if raw else text.strip()):
+        raise UsageError("the prompt is empty; give PROMPT, -f FILE, or pipe text into standard input")
+    return text
+
+
+def _without_final_newline(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _argument_text(argument: str) -> str:
+    """The argument's bytes as UTF-8, whatever the locale decoded them as."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        try:
+            argument.encode("utf-8")  # text of another locale
+        except UnicodeEncodeError:
+            raise UsageError("PROMPT is not UTF-8 text") from None
+        return argument
+
+
+def _read_stdin() -> str:
+    chunks = []
+    try:
+        while chunk := os.read(streams.STDIN, 1 << 16):
+            chunks.append(chunk)
+    except OSError:  # closed: as if it were empty
+        return ""
+    return _decode(b"".join(chunks), "standard input")
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; convert it first "
+                         "(iconv) or give another file") from None
+    zero = text.find("\0")
+    if zero >= 0:
+        raise UsageError(f"{where} is binary: a zero byte at offset {len(text[:zero].encode())}; give text")
+    return text.removeprefix("\ufeff")

@@ -1,0 +1,66 @@
+"""What an answer cost and said, as one line for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kvrun.terminal.sanitize import json_safe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvrun.backends.batch import Sampler
+    from kvrun.cli.options import ModelOptions
+    from kvrun.engine import Engine
+    from kvrun.engine.events import Stop, Token, TokenLogprob
+    from kvrun.hub.files import ModelFiles
+
+
+def stats_line(engine: Engine, options: ModelOptions, sampler: Sampler, end: Stop) -> str:
+    """Counts, speeds and settings of one answer."""
+    stats = end.stats
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    seed = f" · seed {sampler.seed}" if sampler.temperature > 0 else " · greedy"
+    return (f"prompt {stats.prompt_tokens} tok{cached} in {stats.prefill_seconds:.2f} s, {stats.prefill_rate:.0f} tok/s"
+            f" · answer {stats.generated_tokens} tok in {stats.decode_seconds:.2f} s, {stats.decode_rate:.1f} tok/s"
+            f" · ctx {len(engine.tokens)}/{engine.n_ctx} · kv {options.kv} · {engine.executor.name}{seed} · {end.reason}")
+
+
+def answer_json(files: ModelFiles, engine: Engine, options: ModelOptions, sampler: Sampler, tokens: Sequence[Token],
+                end: Stop) -> str:
+    """One JSON object and a newline. Without log-probabilities a token's `logprob` is null and its `top` empty;
+    `prompt_logprobs` is null unless --echo asked for it."""
+    stats = end.stats
+
+    def place(index: int, token: int, record: TokenLogprob | None) -> dict[str, Any]:
+        return {
+            "index": index, "id": token, "token": engine.text.token_text(token),
+            "logprob": _number(record.logprob) if record else None,
+            "top": [{"id": i, "token": engine.text.token_text(i), "logprob": _number(p)} for i, p in record.top] if record else [],
+        }
+
+    return as_json({
+        "model": files.name, "revision": files.revision,
+        "text": "".join(token.text for token in tokens) + end.text,
+        "finish_reason": end.reason,
+        "tokens": [place(index, token.id, token.logprob) for index, token in enumerate(tokens)],
+        "prompt_logprobs": [place(p.index, p.id, p) for p in end.prompt_logprobs] or None,
+        "usage": {"prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens,
+                  "completion_tokens": stats.generated_tokens, "total_tokens": stats.prompt_tokens + stats.generated_tokens},
+        "timing": {"prefill_seconds": stats.prefill_seconds, "prefill_tokens_per_second": stats.prefill_rate,
+                   "decode_seconds": stats.decode_seconds, "decode_tokens_per_second": stats.decode_rate},
+        "n_ctx": engine.n_ctx, "kv": options.kv, "device": engine.executor.name,
+        "seed": sampler.seed, "sampling": {k: v for k, v in asdict(sampler).items() if k != "seed"},
+    })
+
+
+def as_json(document: object) -> str:
+    """A JSON document and a newline, safe to print on a terminal."""
+    return json_safe(json.dumps(document, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
