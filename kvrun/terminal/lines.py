@@ -1,0 +1,68 @@
+"""Where a chat's lines come from: an edited prompt on a terminal, plain lines from a pipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from kvrun.errors import UsageError
+from kvrun.terminal import streams
+
+
+class LineCleared(Exception):
+    """Ctrl-C took back a line that had been typed."""
+
+
+class LineReader(Protocol):
+    """Gives one message at a time."""
+
+    def read(self) -> str:
+        """The next message, without its newline. EOFError at the end, KeyboardInterrupt for Ctrl-C at an empty
+        prompt, LineCleared for Ctrl-C at any other, UsageError for a line that is no text."""
+
+
+class TerminalLines:
+    """Line editing with history; a pasted text of several lines is one message."""
+
+    def __init__(self, history: Path | None) -> None:
+        """history: its file, made if absent, readable by its owner alone; None keeps it in memory."""
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.output import create_output
+
+        if history is not None:
+            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(history, os.O_CREAT | os.O_APPEND, 0o600))
+        # The prompt goes to the terminal also when the answers go elsewhere.
+        self._session = PromptSession(output=create_output(always_prefer_tty=True),
+                                      history=FileHistory(str(history)) if history else InMemoryHistory())
+
+    def read(self) -> str:
+        try:
+            return self._session.prompt("> ")
+        except KeyboardInterrupt:
+            if self._session.default_buffer.text:
+                raise LineCleared from None
+            raise
+
+
+class PipedLines:
+    """One message a line of standard input."""
+
+    def __init__(self) -> None:
+        self._file = open(streams.STDIN, "rb", closefd=False)  # noqa: SIM115 - lives as long as the process
+        self._number = 0
+
+    def read(self) -> str:
+        try:
+            line = self._file.readline()
+        except OSError:  # closed: as if it were empty
+            line = b""
+        if not line:
+            raise EOFError
+        self._number += 1
+        try:
+            return line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise UsageError(f"line {self._number} of standard input is not UTF-8 text; it was skipped") from None
