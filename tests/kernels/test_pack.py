@@ -1,0 +1,209 @@
+"""kv_pack, kv_unpack: the layouts of kernels/page.h, written out again in numpy, and gguf's dequantizer as the oracle."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from kvrun.backends.native import DTYPES, ffi, lib
+
+GGUF = {"q4_0": ("q4", 32, 18), "q4_1": ("q4", 32, 20), "q4_k": ("q4", 256, 144), "q5_0": ("q8", 32, 22), "q8_0": ("q8", 32, 34)}
+FLOATS = ("f32", "f16", "bf16")
+
+
+@pytest.fixture
+def rng():
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """uint16 bits, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """values in the bytes of `dtype`, as unsigned integers of its width."""
+    if dtype == "bf16":
+        return to_bf16(values)
+    with np.errstate(over="ignore"):
+        return values.astype({"f32": np.float32, "f16": np.float16}[dtype]).view({"f32": np.uint32, "f16": np.uint16}[dtype])
+
+
+def gguf_rows(rng: np.random.Generator, kind: str, rows: int, k: int) -> np.ndarray:
+    """uint8 [rows][bytes]: random blocks with every digit and finite factors, subnormal ones among them."""
+    _, columns, size = GGUF[kind]
+    blocks = rng.integers(0, 256, (rows, k // columns, size), dtype=np.uint8)
+    factors = 2 if kind in ("q4_1", "q4_k") else 1
+    scales = rng.standard_normal((rows, k // columns, factors)) * 10.0 ** rng.uniform(-6, 1, (rows, k // columns, 1))
+    blocks[:, :, : 2 * factors] = scales.astype(np.float16).view(np.uint8).reshape(rows, k // columns, -1)
+    return blocks.reshape(rows, -1)
+
+
+class Packed:
+    """A packed weight in memory of exactly its size, filled with 0xA5 first."""
+
+    def __init__(self, dtype: str, n: int, k: int) -> None:
+        self.dtype, self.n, self.k = dtype, n, k
+        self.bytes = np.full(lib.kv_pack_bytes(DTYPES[dtype], n, k), 0xA5, dtype=np.uint8)
+        self.weight = ffi.new("kv_weight *", {"data": ffi.from_buffer(self.bytes), "dtype": DTYPES[dtype], "n": n, "k": k})
+
+    def pack(self, rows: np.ndarray, src_dtype: str, row0: int = 0) -> int:
+        source = np.ascontiguousarray(rows)
+        return lib.kv_pack(self.weight, row0, len(source), ffi.from_buffer(source), DTYPES[src_dtype])
+
+    def unpack(self, row0: int = 0, rows: int | None = None) -> np.ndarray:
+        out = np.full((self.n - row0 if rows is None else rows, self.k), np.nan, dtype=np.float32)
+        assert lib.kv_unpack(self.weight, row0, len(out), ffi.cast("float *", ffi.from_buffer(out))) == lib.KV_OK
+        return out
+
+
+def layout(dtype: str, values: np.ndarray, scale: np.ndarray | None = None, minimum: np.ndarray | None = None) -> np.ndarray:
+    """The bytes that page.h prescribes. values [n][k]: stored numbers or digits; scale, minimum [n][k/32] float16."""
+    n, k = values.shape
+    padded = -(-n // 16) * 16
+
+    def lanes(a: np.ndarray) -> np.ndarray:
+        full = np.zeros((padded, *a.shape[1:]), dtype=a.dtype)
+        full[:n] = a
+        return full.reshape(padded // 16, 16, *a.shape[1:])
+
+    def as_bytes(a: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(a).view(np.uint8)
+
+    v = lanes(values)
+    if dtype == "f32":
+        return as_bytes(v.transpose(0, 2, 1)).reshape(-1)
+    if dtype in ("f16", "bf16"):
+        return as_bytes(v.reshape(-1, 16, k // 2, 2).transpose(0, 2, 1, 3)).reshape(-1)
+    blocks = padded // 16, k // 32
+    head = [as_bytes(lanes(s).transpose(0, 2, 1)).reshape(*blocks, 32) for s in (scale, minimum) if s is not None]
+    if dtype == "q8":
+        body = as_bytes(v.reshape(-1, 16, k // 32, 8, 4).transpose(0, 2, 3, 1, 4))
+    else:
+        groups = v.reshape(-1, 16, k // 32, 4, 2, 4).transpose(0, 2, 3, 1, 4, 5)  # [b][g][j][lane][low, high][i]
+        body = as_bytes(groups[..., 0, :] | groups[..., 1, :] << 4)
+    return np.concatenate([*head, body.reshape(*blocks, -1)], axis=-1).reshape(-1)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 50])
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats(rng, dtype, source, n):
+    values = rng.standard_normal((n, 96)).astype(np.float32) * 10.0 ** rng.uniform(-7, 3, (n, 96)).astype(np.float32)
+    values[0, :6] = [0, -0.0, 65504, -2.0**-24, 2.0**-14, 1 / 3]
+    bits = stored(values, source)
+    exact = {"f32": lambda: values, "f16": lambda: bits.view(np.float16).astype(np.float32), "bf16": lambda: from_bf16(bits)}[source]()
+    packed = Packed(dtype, n, 96)
+    assert packed.pack(bits, source) == lib.KV_OK
+    expected = stored(exact, dtype)
+    np.testing.assert_array_equal(packed.bytes, layout(dtype, expected))
+    back = {"f32": lambda: expected.view(np.float32), "f16": lambda: expected.view(np.float16).astype(np.float32),
+            "bf16": lambda: from_bf16(expected)}[dtype]()
+    np.testing.assert_array_equal(packed.unpack(), back)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_not_finite_stays_so(dtype, value):
+    for source in FLOATS:
+        packed = Packed(dtype, 16, 32)
+        with np.errstate(invalid="ignore"):
+            rows = np.full((16, 32), value, dtype=np.float32)
+            bits = stored(rows, source) if source != "bf16" else (rows.view(np.uint32) >> 16).astype(np.uint16)
+        assert packed.pack(bits, source) == lib.KV_OK
+        np.testing.assert_array_equal(packed.unpack(), rows)
+
+
+@pytest.mark.parametrize("n", [1, 16, 40])
+@pytest.mark.parametrize("kind", GGUF)
+def test_gguf_values(rng, kind, n):
+    k = 512
+    rows = gguf_rows(rng, kind, n, k)
+    expected = dequantize(rows, GGMLQuantizationType[kind.upper()])
+    packed = Packed(GGUF[kind][0], n, k)
+    assert packed.pack(rows, kind) == lib.KV_OK
+    got = packed.unpack()
+    if kind != "q4_k":
+        # Exact, but for -8*scale of a q4_0 scale beyond float16's range; none here is.
+        np.testing.assert_array_equal(got, expected)
+        return
+    # Products of a float16 and a 6-bit factor are rounded to float16, where subnormals are 2^-24 apart.
+    blocks = rows.reshape(n, k // 256, 144)
+    d, dmin = (np.abs(blocks[:, :, i : i + 2].copy().view(np.float16).astype(np.float64)) for i in (0, 2))
+    bound = (63 * 15 * d + 63 * dmin) * 2.0**-11 + 16 * 2.0**-25
+    error = np.abs(got.astype(np.float64) - expected).reshape(n, k // 256, 256)
+    assert (error <= bound * 1.0001).all()
+
+
+@pytest.mark.parametrize("n", [3, 16, 33])
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q8_0"])
+def test_gguf_layout(rng, kind, n):
+    k = 96
+    rows = gguf_rows(rng, kind, n, k)
+    size = GGUF[kind][2]
+    blocks = rows.reshape(n, k // 32, size)
+    scale = blocks[:, :, :2].copy().view(np.float16)[:, :, 0]
+    minimum = None
+    if kind == "q8_0":
+        digits = blocks[:, :, 2:]
+    else:
+        q = blocks[:, :, -16:]
+        digits = np.concatenate([q & 15, q >> 4], axis=-1)
+        if kind == "q5_0":
+            high = np.unpackbits(blocks[:, :, 2:6], axis=-1, bitorder="little")
+            digits = ((digits | high << 4).astype(np.int8) - 16).view(np.uint8)
+        elif kind == "q4_1":
+            minimum = blocks[:, :, 2:4].copy().view(np.float16)[:, :, 0]
+        else:
+            minimum = (scale.astype(np.float32) * -8).astype(np.float16)
+    packed = Packed(GGUF[kind][0], n, k)
+    assert packed.pack(rows, kind) == lib.KV_OK
+    np.testing.assert_array_equal(packed.bytes, layout(packed.dtype, digits.reshape(n, k), scale, minimum))
+
+
+@pytest.mark.parametrize("kind", [*GGUF, *FLOATS])
+def test_parts_in_any_order(rng, kind):
+    """Packing a matrix in pieces, also ones that end inside a block, gives the bytes of packing it whole."""
+    n, k = 75, 256
+    rows = stored(rng.standard_normal((n, k)).astype(np.float32), kind) if kind in FLOATS else gguf_rows(rng, kind, n, k)
+    dtype = kind if kind in FLOATS else GGUF[kind][0]
+    whole, parts = Packed(dtype, n, k), Packed(dtype, n, k)
+    assert whole.pack(rows, kind) == lib.KV_OK
+    cuts = [0, *sorted(rng.choice(np.arange(1, n), size=5, replace=False)), n]
+    pieces = list(zip(cuts, cuts[1:], strict=False))
+    rng.shuffle(pieces)
+    for start, stop in pieces:
+        assert parts.pack(rows[start:stop], kind, int(start)) == lib.KV_OK
+    np.testing.assert_array_equal(parts.bytes, whole.bytes)
+    np.testing.assert_array_equal(whole.unpack(17, 41), whole.unpack()[17:58])
+
+
+def test_sizes():
+    sizes = {"f32": 4 * 16 * 64, "f16": 2 * 16 * 64, "bf16": 2 * 16 * 64, "q8": 2 * 544, "q4": 2 * 320}
+    for dtype, block in sizes.items():
+        assert lib.kv_pack_bytes(DTYPES[dtype], 16, 64) == block
+        assert lib.kv_pack_bytes(DTYPES[dtype], 33, 64) == 3 * block
+        assert lib.kv_pack_bytes(DTYPES[dtype], 16, 48) == -1
+    for kind in (*GGUF, None):
+        assert lib.kv_pack_bytes(DTYPES[kind] if kind else 99, 16, 64) == -1
+
+
+def test_refused(rng):
+    rows = gguf_rows(rng, "q4_1", 16, 64)
+    packed = Packed("q4", 16, 64)
+    before = packed.bytes.copy()
+    for dtype, source, row0, count in [("q8", "q4_1", 0, 16), ("q4", "q8_0", 0, 16), ("bf16", "q4_1", 0, 16), ("q4", "f32", 0, 16),
+                                       ("q8", "bf16", 0, 16), ("q4", "q4_1", 1, 16), ("q4", "q4_1", -1, 1), ("q4", "q4_k", 0, 16)]:
+        packed.weight.dtype = DTYPES[dtype]
+        assert lib.kv_pack(packed.weight, row0, count, ffi.from_buffer(rows), DTYPES[source]) == lib.KV_BAD_PLAN
+    np.testing.assert_array_equal(packed.bytes, before)
+    out = np.empty((1, 64), dtype=np.float32)
+    packed.weight.dtype = DTYPES["q4"]
+    assert lib.kv_unpack(packed.weight, 16, 1, ffi.cast("float *", ffi.from_buffer(out))) == lib.KV_BAD_PLAN
