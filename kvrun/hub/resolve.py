@@ -22,9 +22,6 @@ def resolve(model: str, *, revision: str | None = None, offline: bool = False,
     What is here is used as it lies, without asking any server; `pull` asks for news. offline (or HF_HUB_OFFLINE): no
     socket is opened. Errors: NotFoundError, AccessError, ModelError, StorageError, UsageError.
     """
-    from kvrun.hub import remote
-
-    offline = offline or remote.offline_by_environment()
     where = locate(model, revision)
     if isinstance(where, Alias):
         return _alias(where, revision, offline, progress)
@@ -85,9 +82,6 @@ def _alias(alias: Alias, revision: str | None, offline: bool, progress: Progress
     The package goes before the Hub because an alias should be the same file everywhere: it is pinned by sha256 where
     "main" moves, a third of the size, needs no licence click, and the index answers on machines that block the Hub.
     """
-    from kvrun.hub import remote
-    from kvrun.hub.package import fetch_package
-
     settings = alias_settings(alias)
     if alias.path and not revision:
         path = Path(alias.path).expanduser()
@@ -96,14 +90,18 @@ def _alias(alias: Alias, revision: str | None, offline: bool, progress: Progress
     wanted = revision or alias.revision
     if package and package_path(package).exists():
         return open_package(alias, package_path(package))
+    from kvrun.hub import remote
+
     if alias.repo and remote.cached_snapshot(alias.repo, wanted):
         return _hub(alias.repo, None, wanted, True, progress, alias.name, settings)
-    if offline and package:
+    if package and (offline or remote.offline_by_environment()):
         raise NotFoundError(f"{alias.name}: not on this machine, and offline; run `kvrun pull {alias.name}` online first")
     if not package:
         if not alias.repo:
             raise UsageError(f"{alias.name}: has no repo, so no revision {revision}")
         return _hub(alias.repo, None, wanted, offline, progress, alias.name, settings)
+    from kvrun.hub.package import fetch_package
+
     try:
         return open_package(alias, fetch_package(package, progress))
     except NotFoundError as unreachable:
@@ -135,5 +133,7 @@ def _hub(repo: str, file: str | None, revision: str, offline: bool, progress: Pr
 
 
 def _refuse_offline(offline: bool, name: str, repair: str) -> None:
-    if offline:
+    from kvrun.hub.remote import offline_by_environment
+
+    if offline or offline_by_environment():
         raise NotFoundError(f"{name}: not on this machine, and offline; run `{repair}` online first")

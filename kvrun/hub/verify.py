@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from kvrun.errors import ModelError
@@ -54,6 +55,15 @@ def verify(files: ModelFiles, sha256: str | None = None, progress: Progress | No
     return out
 
 
+def expected_sha256(files: ModelFiles) -> str | None:
+    """What models.toml pins for a packaged file; None for any other."""
+    if files.source != "package":
+        return None
+    from kvrun.hub.catalog import load_catalog
+
+    return load_catalog().aliases[files.name].package.sha256
+
+
 def _blob_name(path: Path) -> str | None:
     """The checksum in the name of the blob that a file of the Hub cache links to."""
     if not path.is_symlink():
@@ -68,20 +78,19 @@ def _scan(files: ModelFiles, progress: Progress | None) -> None:
 
     source = open_source(files)
     try:
-        names = source.names()
-        for i, name in enumerate(names):
-            if progress:
-                progress("scanning weights", i, len(names))
+        done, total = 0, sum(prod(source.info(name)[1]) for name in source.names()) * 2
+        for name in source.names():
             for rows in _slices(source, name):
                 if not _finite(rows.dtype, rows.data):
                     raise ModelError(f"{files.path}: tensor {name!r} holds NaN or Inf; {files.repair}")
+                done += prod(rows.shape) * 2
+                if progress:
+                    progress("scanning weights (16-bit size)", done, total)
     finally:
         source.close()
 
 
 def _slices(source, name: str) -> Iterator:
-    from math import prod
-
     _, shape = source.info(name)
     if len(shape) < 2:
         yield source.read(name)
