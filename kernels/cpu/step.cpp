@@ -1,0 +1,222 @@
+// step.cpp - walks a plan on all threads, with a barrier after each op.
+#include <cstdint>
+#include <new>
+
+#include "pool.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+struct kv_cpu {
+    kv::Pool pool, solo;             // solo: for small ops, which one thread does while the others wait at a barrier
+    const kv::Ops *table;
+    int64_t spent[KV_OP_COUNT] = {};
+    int64_t mark = 0;                // when the op now running began; only touched inside barriers
+
+    kv_cpu(int threads, const kv::Ops *ops) : pool(threads), solo(1), table(ops) {}
+};
+
+namespace {
+
+// What the last thread at a barrier needs to go on alone.
+struct Step {
+    kv_cpu &cpu;
+    const kv_op *ops;
+    int n_ops;
+    kv_state &state;
+    char *scratch;
+};
+
+int rows_of(const kv_op &op, const kv_state &s) {
+    switch (op.kind) {
+        case KV_OP_NORM: return kv::rows_of(op.norm.rows, s);
+        case KV_OP_LINEAR: return kv::rows_of(op.linear.rows, s);
+        case KV_OP_GATHER: return s.n_out;
+        case KV_OP_SAMPLE: return s.sampler ? s.n_out : 0;
+        default: return s.n_rows;
+    }
+}
+
+// Floats that an op touches, or a number too large to be small.
+int64_t work(const kv_op &op, const kv_state &s) {
+    const int64_t rows = rows_of(op, s);
+    switch (op.kind) {
+        case KV_OP_EMBED: return rows * op.embed.w.k;
+        case KV_OP_NORM: return rows * op.norm.dim;
+        case KV_OP_ACT: return rows * op.act.dim * 2;
+        case KV_OP_ROPE: return rows * op.rope.half * 8;
+        case KV_OP_APPEND: return rows * (op.append.heads + 2 * op.append.kv_heads) * op.append.head_dim * 2;
+        case KV_OP_GATHER: return rows * op.gather.dim;
+        case KV_OP_SAMPLE: return rows == 1 ? 0 : INT64_MAX;
+        default: return INT64_MAX;
+    }
+}
+
+// Below this a barrier costs more than a second thread gains.
+const int64_t SMALL = 16384;
+bool is_small(const kv_op &op, const kv_state &s) { return work(op, s) <= SMALL; }
+
+void call(const kv::Ops &table, const kv_op &op, kv_state &s, kv::Worker &w) {
+    switch (op.kind) {
+        case KV_OP_EMBED: return table.embed(op.embed, s, w);
+        case KV_OP_NORM: return table.norm(op.norm, s, w);
+        case KV_OP_LINEAR: return table.linear(op.linear, s, w);
+        case KV_OP_ACT: return table.act(op.act, s, w);
+        case KV_OP_ROPE: return table.rope(op.rope, s, w);
+        case KV_OP_APPEND: return table.append(op.append, s, w);
+        case KV_OP_ATTEND: return table.attend(op.attend, s, w);
+        case KV_OP_GATHER: return table.gather(op.gather, s, w);
+        case KV_OP_SAMPLE: return table.sample(op.sample, s, w);
+    }
+}
+
+void account(kv_cpu &cpu, int kind) {
+    int64_t now = kv::now_ns();
+    cpu.spent[kind] += now - cpu.mark;
+    cpu.mark = now;
+}
+
+// Does the small ops from `i` on with this thread alone; returns the first op that is neither small nor empty.
+int run_small(const Step &step, int i) {
+    kv_cpu &cpu = step.cpu;
+    for (; i < step.n_ops; i++) {
+        if (rows_of(step.ops[i], step.state) == 0) continue;
+        if (!is_small(step.ops[i], step.state)) break;
+        kv::Worker worker{0, 1, step.scratch, &cpu.solo, cpu.solo.clean};
+        call(*cpu.table, step.ops[i], step.state, worker);
+        worker.barrier();
+        account(cpu, step.ops[i].kind);
+    }
+    return i;
+}
+
+struct Arrival { const Step *step; int op; };
+
+void last_at_barrier(void *p) {
+    const Arrival &a = *(Arrival *)p;
+    account(a.step->cpu, a.step->ops[a.op].kind);
+    run_small(*a.step, a.op + 1);
+}
+
+struct Run { const Step *step; int first; };
+
+void walk(void *p, int thread) {
+    const Run &run = *(Run *)p;
+    const Step &step = *run.step;
+    kv_cpu &cpu = step.cpu;
+    cpu.table->thread_start();
+    kv::FlushDenormals mode;
+    kv::Worker worker{thread, cpu.pool.threads, step.scratch, &cpu.pool, cpu.pool.clean};
+    for (int i = run.first; i < step.n_ops; i++) {
+        const kv_op &op = step.ops[i];
+        if (rows_of(op, step.state) == 0 || is_small(op, step.state)) continue;   // see last_at_barrier
+        call(*cpu.table, op, step.state, worker);
+        Arrival arrival{&step, i};
+        cpu.pool.barrier(worker.phase, last_at_barrier, &arrival);
+    }
+}
+
+bool good_linear(const kv_weight &w) {
+    return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4;
+}
+
+bool good_cache(const kv_cache &c, int heads, int kv_heads, int head_dim) {
+    return kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 2 == 0 &&
+           c.k_dtype >= KV_F32 && c.k_dtype <= KV_BF16 && c.v_dtype >= KV_F32 && c.v_dtype <= KV_BF16 && c.group >= 0;
+}
+
+bool good_op(const kv_op &op) {
+    switch (op.kind) {
+        case KV_OP_EMBED: return good_linear(op.embed.w);
+        case KV_OP_NORM: return op.norm.dim > 0 && (op.norm.rows | 1) == 1;
+        case KV_OP_LINEAR: return good_linear(op.linear.w) && (op.linear.rows | 1) == 1;
+        case KV_OP_ACT: return op.act.dim > 0 && (op.act.kind == KV_SILU || op.act.kind == KV_GELU_TANH);
+        case KV_OP_ROPE: return op.rope.half > 0;
+        case KV_OP_APPEND: {
+            const kv_op_append &a = op.append;
+            return good_cache(a.cache, a.heads, a.kv_heads, a.head_dim) && a.rope_dim >= 0 && a.rope_dim % 2 == 0 &&
+                   a.rope_dim <= a.head_dim && a.qk_norm >= KV_QK_NONE && a.qk_norm <= KV_QK_WHOLE;
+        }
+        case KV_OP_ATTEND: {
+            const kv_op_attend &a = op.attend;
+            return good_cache(a.cache, a.heads, a.kv_heads, a.head_dim) && a.window >= 0;
+        }
+        case KV_OP_GATHER: return op.gather.dim > 0;
+        case KV_OP_SAMPLE: return op.sample.vocab > 0;
+        default: return false;
+    }
+}
+
+bool good_state(const kv_op *ops, int n_ops, const kv_state &s) {
+    if (s.n_rows < 1 || s.n_out < 0 || s.n_out > s.n_rows || s.n_seqs < 1 || !s.pos || !s.seq || !s.token) return false;
+    for (int i = 0; i < s.n_rows; i++)
+        if (s.seq[i] < 0 || s.seq[i] >= s.n_seqs || s.pos[i] < 0) return false;
+    for (int i = 0; i < s.n_out; i++)
+        if (!s.out_row || s.out_row[i] < 0 || s.out_row[i] >= s.n_rows) return false;
+    for (int i = 0; i < n_ops; i++) {
+        const kv_op &op = ops[i];
+        if (!good_op(op)) return false;
+        if (op.kind == KV_OP_APPEND && (op.append.cache.group >= s.n_groups || !s.table)) return false;
+        if (op.kind == KV_OP_ATTEND && (op.attend.cache.group >= s.n_groups || !s.table)) return false;
+        if (op.kind == KV_OP_SAMPLE && s.sampler && s.n_out > 0 && !s.next) return false;
+        if (op.kind == KV_OP_EMBED)
+            for (int r = 0; r < s.n_rows; r++)
+                if (s.token[r] < 0 || s.token[r] >= op.embed.w.n) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+EXPORT kv_cpu *kv_cpu_open(int32_t isa, int32_t threads) {
+    const kv::Ops *table = kv::ops_of(isa);
+    if (!table || threads < 1 || threads > 1024) return nullptr;
+    kv_cpu *cpu = new (std::nothrow) kv_cpu(threads, table);
+    if (cpu && !cpu->pool.start()) {
+        delete cpu;
+        return nullptr;
+    }
+    return cpu;
+}
+
+EXPORT void kv_cpu_close(kv_cpu *cpu) {
+    // In a forked child the workers do not exist, and what they waited on cannot be torn down.
+    if (cpu && !cpu->pool.forked()) delete cpu;
+}
+
+EXPORT int64_t kv_cpu_scratch(const kv_op *ops, int32_t n_ops, int32_t max_rows, int32_t max_pages, int32_t threads,
+                              int32_t isa) {
+    const kv::Ops *table = kv::ops_of(isa);
+    if (!table || !ops || n_ops < 1 || max_rows < 1 || max_pages < 0 || threads < 1) return -1;
+    int64_t most = 64;
+    for (int i = 0; i < n_ops; i++) {
+        if (!good_op(ops[i])) return -1;
+        int64_t bytes = 0;
+        if (ops[i].kind == KV_OP_LINEAR) bytes = table->linear_scratch(ops[i].linear, max_rows, threads);
+        if (ops[i].kind == KV_OP_ATTEND) bytes = table->attend_scratch(ops[i].attend, max_rows, max_pages, threads);
+        if (ops[i].kind == KV_OP_SAMPLE) bytes = table->sample_scratch(ops[i].sample, max_rows, threads);
+        if (bytes > most) most = bytes;
+    }
+    return (most + 63) / 64 * 64;
+}
+
+EXPORT int32_t kv_cpu_step(kv_cpu *cpu, const kv_op *ops, int32_t n_ops, kv_state *state, void *scratch) {
+    if (!state) return KV_BAD_PLAN;
+    state->status = KV_BAD_PLAN;
+    if (!cpu || !ops || n_ops < 1 || !scratch || (uintptr_t)scratch % 64 || cpu->pool.forked()) return KV_BAD_PLAN;
+    if (!good_state(ops, n_ops, *state)) return KV_BAD_PLAN;
+    state->status = KV_OK;
+    Step step{*cpu, ops, n_ops, *state, (char *)scratch};
+    cpu->mark = kv::now_ns();
+    kv::FlushDenormals mode;
+    cpu->table->thread_start();
+    Run run{&step, run_small(step, 0)};
+    if (run.first < n_ops) cpu->pool.run(walk, &run);
+    return state->status;
+}
+
+EXPORT void kv_cpu_profile(kv_cpu *cpu, int64_t *ns) {
+    for (int i = 0; i < KV_OP_COUNT; i++) {
+        ns[i] = cpu ? cpu->spent[i] : 0;
+        if (cpu) cpu->spent[i] = 0;
+    }
+}
