@@ -1,0 +1,104 @@
+"""One model's text side: encoding prompts and conversations, decoding answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from kvrun.errors import ModelError
+from kvrun.text.detokenizer import Detokenizer
+from kvrun.text.tokenizer import open_tokenizer
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class Text:
+    """The tokenizer and chat template of one model.
+
+    eos_ids: ids that end an answer, from generation_config, config and tokenizer together. special_ids: ids whose text is not shown.
+    vocab_size: ids run from 0 to below it; the model's embedding may have more rows.
+    """
+
+    def __init__(self, files):
+        self._tokenizer = open_tokenizer(files)
+        self._where = str(files.path)
+        self._template = None
+        self.vocab_size = len(self._tokenizer.pieces)
+        self.special_ids = frozenset(self._tokenizer.special.values())
+        self.eos_ids = self._tokenizer.ends | _eos_of(files.generation_config) | _eos_of(files.config)
+
+    # -- encoding ---------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        """Ids of a text. special: strings that spell special tokens become them; otherwise they stay text.
+
+        bos: put before it what the tokenizer puts before a prompt (a BOS, or nothing), once: not if the text, read with
+        `special`, already begins with it. Lone surrogates count as U+FFFD.
+        """
+        ids = self._tokenizer.encoder.encode(_clean(text), special)
+        return self._with_prefix(ids) if bos else ids
+
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        prefix = list(self._tokenizer.prefix)
+        n = len(prefix)
+        while n and ids[:n] == prefix:
+            ids = ids[n:]
+        return prefix + ids
+
+    # -- conversations ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model came with a chat template."""
+        return bool(self._tokenizer.templates)
+
+    def render(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools=None,
+               documents=None, **kwargs) -> str:
+        """The conversation as one string, by the model's chat template. kwargs: further names the template may read
+        (enable_thinking, ...). TemplateError if the template refuses the conversation."""
+        from kvrun.text.template import ChatTemplate, choose
+        if not self._tokenizer.templates:
+            raise ModelError(f"{self._where}: the model has no chat template; use `kvrun run --raw` or --template-file")
+        source = choose(self._tokenizer.templates, tools)
+        if self._template is None or self._template.source != source:
+            self._template = ChatTemplate(source, self._where)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools,
+                                     documents=documents, **{**self._tokenizer.names, **kwargs})
+
+    def encode_chat(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools=None,
+                    documents=None, **kwargs) -> list[int]:
+        """Renders and encodes a conversation; special tokens that the template writes are read as such, those typed in
+        a message, a tool or a document stay text (see guard.py). Exactly one BOS where the model has one."""
+        from kvrun.text.guard import Guard
+        guard = Guard(self._tokenizer.special)
+        messages, tools, documents = guard.hide((messages, tools, documents))
+        rendered = _clean(self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools,
+                                      documents=documents, **kwargs))
+        encoder = self._tokenizer.encoder
+        if guard.hidden:
+            ids = encoder.encode(*guard.split(rendered))
+        else:
+            ids = encoder.encode(rendered, special=True)
+        return self._with_prefix(ids)
+
+    # -- decoding ---------------------------------------------------------------------------------------------------
+
+    def detokenizer(self, *, special: bool = False, continued: bool = False) -> Detokenizer:
+        """A fresh incremental decoder; see Detokenizer."""
+        return Detokenizer(self._tokenizer, special, continued)
+
+    def token_text(self, id: int) -> str:
+        """The text of one token by itself, special tokens included; bytes that are no whole character show as U+FFFD."""
+        one = self.detokenizer(special=True, continued=True)
+        return one.push(id) + one.flush()
+
+
+def _clean(text: str) -> str:
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def _eos_of(config: Mapping | None) -> frozenset[int]:
+    """eos_token_id of a config: an int, a list, or nothing."""
+    value = (config or {}).get("eos_token_id")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return frozenset(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)

@@ -1,0 +1,68 @@
+"""What every tokenizer of kvrun offers, wherever its files came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvrun.errors import ModelError
+
+
+class Encoder(Protocol):
+    """Text -> ids, with nothing put before or after."""
+
+    def encode(self, text: str, special: bool = False, stand_ins: dict[str, str] | None = None) -> list[int]:
+        """special: special-token strings become their tokens. stand_ins: character -> the special token it stands for,
+        whatever `special` says; such a character is matched before anything else."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How pieces become text.
+
+    byte_level: pieces are spelled in GPT-2's alphabet of 256 characters, one a byte. Otherwise they are SentencePiece's:
+    U+2581 for a space, <0xXX> for a byte. strip: leading spaces of the whole text that the encoder put there.
+    """
+
+    byte_level: bool
+    strip: int = 0
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """pieces: by id, None for an id without a token. special: token -> id of those that text never shows.
+
+    prefix: ids that open every prompt (a BOS, or what the model's post-processor puts there). names: "bos_token" and
+    its like -> token, for the chat template. ends: ids that the tokenizer's own files call an end of text or turn.
+    templates: name -> chat template found with the tokenizer.
+    """
+
+    encoder: Encoder
+    decoding: Decoding
+    pieces: list[str | None]
+    special: dict[str, int]
+    added: frozenset[int]
+    prefix: tuple[int, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+    ends: frozenset[int] = frozenset()
+    templates: dict[str, str] = field(default_factory=dict)
+
+
+# End-of-turn tokens of chat models. Many files name only an end of text as EOS; the model then ends its turn with one of
+# these, and would talk on as the user if it were not heeded. Only tokens marked special count.
+TURN_ENDS = frozenset((
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "<EOT>",
+    "[EOT]", "<|endoftext|>", "<|end_of_text|>", "<|user|>", "<end_of_utterance>", "<|END_OF_TURN_TOKEN|>",
+    "<｜end▁of▁sentence｜>",
+))
+
+
+def open_tokenizer(files) -> Tokenizer:
+    """The tokenizer of ModelFiles. ModelError names the file and what is wrong with it."""
+    if files.kind == "gguf":
+        from kvrun.text.gguf_tokenizer import from_gguf
+        return from_gguf(files.gguf.metadata, str(files.path))
+    if files.kind == "folder":
+        from kvrun.text.folder_tokenizer import from_folder
+        return from_folder(files.path)
+    raise ModelError(f"{files.path}: no tokenizer is known for model files of kind {files.kind!r}")
