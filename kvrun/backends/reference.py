@@ -67,11 +67,11 @@ class LayerPages:
         self.k[page, :, slot // LANES, :, slot % LANES] = pairs.to(self.k.dtype)
         self.v[page, :, slot // 2, :, slot % 2] = v.to(self.v.dtype)
 
-    def load(self, page: torch.Tensor, slot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """page, slot: [S]. Returns K and V, float32 [kv_heads][S][head_dim]."""
-        k = self.k[page, :, slot // LANES, :, slot % LANES].flatten(2)
-        v = self.v[page, :, slot // 2, :, slot % 2]
-        return k.float().transpose(0, 1), v.float().transpose(0, 1)
+    def load(self, pages: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of every slot of `pages`, float32 [kv_heads][slots][head_dim]."""
+        k = self.k[pages].permute(1, 0, 2, 4, 3, 5).flatten(4).flatten(1, 3)
+        v = self.v[pages].permute(1, 0, 2, 4, 3).flatten(1, 3)
+        return k.float(), v.float()
 
 
 class ReferenceExecutor:
@@ -194,8 +194,7 @@ class ReferenceExecutor:
                 visible &= pos[:, None] - slot_pos < window
             # Slots that no row sees may hold anything, NaN too: leave them out before any arithmetic.
             used = visible.any(dim=0)
-            page = torch.tensor(list(tables[s].pages)).repeat_interleave(PAGE)[used]
-            k, v = self._layers[cache].load(page, slot_pos[used] % PAGE)           # [kv_heads][S][head_dim]
+            k, v = (t[:, used] for t in self._layers[cache].load(list(tables[s].pages)))   # [kv_heads][S][head_dim]
             q = self._rows(qkv)[mine, : heads * head_dim].reshape(-1, kv_heads, heads // kv_heads, head_dim)
             scores = torch.einsum("rgjd,gsd->gjrs", q, k)
             scores = soft_cap(scale * scores, softcap).masked_fill(~visible[:, used], -math.inf)
