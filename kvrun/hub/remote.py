@@ -91,7 +91,9 @@ class _Listing:
 
     def __init__(self, info):
         self.commit: str = info.sha
-        self.files = {s.rfilename: (s.size or 0, s.lfs["sha256"] if s.lfs else s.blob_id) for s in info.siblings or []}
+        # names become paths below the cache: one that would leave it is as good as absent
+        self.files = {s.rfilename: (s.size or 0, s.lfs["sha256"] if s.lfs else s.blob_id)
+                      for s in info.siblings or [] if all(p.strip(".") for p in s.rfilename.split("/"))}
 
 
 def _listing(hub, repo: str, revision: str) -> _Listing:
