@@ -28,7 +28,8 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = False):
-        self._pieces, self._hidden = tokenizer.pieces, () if special else frozenset(tokenizer.special.values())
+        self._piece, self._size = tokenizer.piece, tokenizer.size
+        self._hidden = () if special else frozenset(tokenizer.special.values())
         self._byte_level = tokenizer.decoding.byte_level
         self._strip = 0 if continued else tokenizer.decoding.strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -36,7 +37,7 @@ class Detokenizer:
 
     def push(self, id: int) -> str:
         """Text that became complete with this id, maybe ""."""
-        if id in self._hidden or not 0 <= id < len(self._pieces) or (piece := self._pieces[id]) is None:
+        if id in self._hidden or not 0 <= id < self._size or (piece := self._piece(id)) is None:
             return ""
         if self._byte_level:
             return self._utf8.decode(_to_bytes(piece))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from kvrun.errors import ModelError
 from kvrun.text.lazy_bpe import Added, LazyBpe
 from kvrun.text.pretokenizers import GPT2, pre_tokenizer
-from kvrun.text.tokenizer import TURN_ENDS, Decoding, Tokenizer
+from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
 _SPACE = "\u2581"
@@ -58,9 +58,9 @@ def from_gguf(metadata: Mapping, where: str) -> Tokenizer:
         encoder, decoding, add_bos = _sentencepiece(meta, tokens, types, added, at.get("unk"))
     add_bos = meta.flag("add_bos_token", add_bos)
     prefix = (at["bos"],) if add_bos and "bos" in at else ()
-    ends = {at[name] for name in ("eos", "eot", "eom") if name in at} | {special[t] for t in TURN_ENDS & special.keys()}
-    return Tokenizer(encoder, decoding, tokens, special, frozenset(spec.id for spec in added.values()), prefix,
-                     {k: v for k, v in names.items() if k not in ("eot_token", "eom_token")}, frozenset(ends),
+    ends = turn_ends(special) | {at[name] for name in ("eos", "eot", "eom") if name in at}
+    return Tokenizer(encoder, decoding, tokens.__getitem__, len(tokens), special, tuple(user), prefix,
+                     {k: v for k, v in names.items() if k not in ("eot_token", "eom_token")}, ends,
                      _templates(metadata, where))
 
 
@@ -138,13 +138,8 @@ def _byte_level(meta: _Metadata, tokens: list[str], added: dict[str, Added]) -> 
         dict(zip(tokens, range(len(tokens)))), added,
         rank=lambda left, right: order.get(f"{left} {right}"),
         normalize=lambda text: nfc(text).encode().decode("latin-1").translate(spelling),
-        configure=configure, options={"ignore_merges": how.whole_words}, always=alphabet_of(tokens, alphabet))
+        configure=configure, options={"ignore_merges": how.whole_words}, always=set(alphabet).intersection(tokens))
     return encoder, Decoding(byte_level=True), how.add_bos
-
-
-def alphabet_of(tokens: list[str], alphabet: str) -> set[str]:
-    """The single-byte pieces that the vocabulary has."""
-    return set(alphabet).intersection(tokens)
 
 
 def _sentencepiece(meta: _Metadata, tokens: list[str], types: list[int], added: dict[str, Added],

@@ -8,7 +8,7 @@ each text gets the BPE of the tokens that occur in it, a few thousand at most, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 _SHORT = 16       # tokens up to this many characters are looked up by stretch of text, the few longer ones searched for
@@ -38,26 +38,28 @@ class LazyBpe:
         self._rank, self._normalize, self._configure = rank, normalize, configure
         self._options, self._prefix = options, prefix
         self._long = [piece for piece in ids if len(piece) > _SHORT]
+        self._always = frozenset(always)
         self._known: set[str] = set(always)
         self._present: dict[str, Added] = {}
         self._built = None
 
-    def encode(self, text: str, special: bool = False, stand_ins: dict[str, str] | None = None) -> list[int]:
-        """Ids of `text`; nothing is put before or after. special: special-token strings become their tokens.
-
-        stand_ins: character -> the special token it stands for, whatever `special` says.
-        """
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """See Encoder."""
         known, present = self._pieces(text)
-        if stand_ins:
-            tokenizer, back = self._build(known, present, stand_ins)
-        else:
-            # What earlier texts needed is kept, so that a conversation does not rebuild for every turn.
-            if self._built is None or not (known <= self._known and present.keys() <= self._present.keys()):
-                self._known |= known
-                self._present |= present
-                self._built = self._build(self._known, self._present, {})
-            tokenizer, back = self._built
+        # What earlier texts needed is kept, so that a conversation does not rebuild for every turn.
+        if self._built is None or not (known <= self._known and present.keys() <= self._present.keys()):
+            self._known |= known
+            self._present |= present
+            self._built = self._build(self._known, self._present, {})
+        tokenizer, back = self._built
         tokenizer.encode_special_tokens = not special
+        return [back[i] for i in tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def encode_marked(self, text: str, stand_ins: dict[str, str], plain: Set[str]) -> list[int]:
+        """See Encoder."""
+        known, present = self._pieces(text)
+        matched = {token: spec for token, spec in present.items() if not spec.special and token not in plain}
+        tokenizer, back = self._build(known | self._always, matched, stand_ins)
         return [back[i] for i in tokenizer.encode(text, add_special_tokens=False).ids]
 
     def _pieces(self, text: str) -> tuple[set[str], dict[str, Added]]:

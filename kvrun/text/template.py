@@ -32,7 +32,7 @@ class TemplateError(ModelError):
     """The template refused this conversation (it raised): the model is usable, and a chat goes on."""
 
 
-def choose(templates: Mapping[str, str], tools) -> str:
+def choose(templates: Mapping[str, str], tools, where: str) -> str:
     """The template to use of those a model has: with tools the one named tool_use, else default, else the only one."""
     if tools and "tool_use" in templates:
         return templates["tool_use"]
@@ -40,7 +40,7 @@ def choose(templates: Mapping[str, str], tools) -> str:
         return templates["default"]
     if len(templates) == 1:
         return next(iter(templates.values()))
-    raise ModelError(f"the model has the chat templates {', '.join(sorted(templates))} and none named default; "
+    raise ModelError(f"{where}: the model has the chat templates {', '.join(sorted(templates))} and none named default; "
                      "choose one with --template-file")
 
 
@@ -58,7 +58,9 @@ class ChatTemplate:
 
         TemplateError: it raised. ModelError: it is no template, or went over its limits (1.5 s, 256 MiB, 64 MiB of text).
         """
-        variables |= {"messages": [_with_reasoning(m) for m in _plain(list(messages))],
+        # A key that says nothing is the same as none: many templates would print "None" (transformers drops them too).
+        said = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in _plain(list(messages))]
+        variables |= {"messages": [_with_reasoning(m) for m in said],
                       "tools": _plain(tools), "documents": _plain(documents),
                       "add_generation_prompt": add_generation_prompt}
         answer = _worker.ask({"source": self.source, "variables": _plain(variables)})

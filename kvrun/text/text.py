@@ -23,7 +23,7 @@ class Text:
         self._tokenizer = open_tokenizer(files)
         self._where = str(files.path)
         self._template = None
-        self.vocab_size = len(self._tokenizer.pieces)
+        self.vocab_size = self._tokenizer.size
         self.special_ids = frozenset(self._tokenizer.special.values())
         self.eos_ids = self._tokenizer.ends | _eos_of(files.generation_config) | _eos_of(files.config)
 
@@ -56,27 +56,31 @@ class Text:
                documents=None, **kwargs) -> str:
         """The conversation as one string, by the model's chat template. kwargs: further names the template may read
         (enable_thinking, ...). TemplateError if the template refuses the conversation."""
+        return self._chat_template(tools).render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents,
+            **{**self._tokenizer.names, **kwargs})
+
+    def _chat_template(self, tools):
         from kvrun.text.template import ChatTemplate, choose
         if not self._tokenizer.templates:
             raise ModelError(f"{self._where}: the model has no chat template; use `kvrun run --raw` or --template-file")
-        source = choose(self._tokenizer.templates, tools)
+        source = choose(self._tokenizer.templates, tools, self._where)
         if self._template is None or self._template.source != source:
             self._template = ChatTemplate(source, self._where)
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools,
-                                     documents=documents, **{**self._tokenizer.names, **kwargs})
+        return self._template
 
     def encode_chat(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools=None,
                     documents=None, **kwargs) -> list[int]:
         """Renders and encodes a conversation; special tokens that the template writes are read as such, those typed in
         a message, a tool or a document stay text (see guard.py). Exactly one BOS where the model has one."""
         from kvrun.text.guard import Guard
-        guard = Guard(self._tokenizer.special)
-        messages, tools, documents = guard.hide((messages, tools, documents))
+        guard = Guard(self._tokenizer.special, self._tokenizer.added, self._chat_template(tools).source)
+        messages, tools, documents = guard.hide(messages, tools, documents)
         rendered = _clean(self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools,
                                       documents=documents, **kwargs))
         encoder = self._tokenizer.encoder
         if guard.hidden:
-            ids = encoder.encode(*guard.split(rendered))
+            ids = encoder.encode_marked(*guard.split(rendered))
         else:
             ids = encoder.encode(rendered, special=True)
         return self._with_prefix(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,9 +12,15 @@ from kvrun.errors import ModelError
 class Encoder(Protocol):
     """Text -> ids, with nothing put before or after."""
 
-    def encode(self, text: str, special: bool = False, stand_ins: dict[str, str] | None = None) -> list[int]:
-        """special: special-token strings become their tokens. stand_ins: character -> the special token it stands for,
-        whatever `special` says; such a character is matched before anything else."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """special: strings that spell special tokens become them."""
+
+    def encode_marked(self, text: str, stand_ins: dict[str, str], plain: Set[str]) -> list[int]:
+        """Like encode, for text in which characters stand for tokens.
+
+        stand_ins: character -> the added token it stands for. plain: added tokens that stay text where they are spelled out, as all
+        special ones do.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """pieces: by id, None for an id without a token. special: token -> id of those that text never shows.
+    """piece: id -> its token as the vocabulary spells it, None for an id without one; ids run from 0 to below size.
 
+    special: token -> id of those that text never shows. added: the other tokens that are matched as whole strings.
     prefix: ids that open every prompt (a BOS, or what the model's post-processor puts there). names: "bos_token" and
     its like -> token, for the chat template. ends: ids that the tokenizer's own files call an end of text or turn.
     templates: name -> chat template found with the tokenizer.
@@ -39,22 +47,30 @@ class Tokenizer:
 
     encoder: Encoder
     decoding: Decoding
-    pieces: list[str | None]
+    piece: Callable[[int], str | None]
+    size: int
     special: dict[str, int]
-    added: frozenset[int]
+    added: tuple[str, ...] = ()
     prefix: tuple[int, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
     ends: frozenset[int] = frozenset()
     templates: dict[str, str] = field(default_factory=dict)
 
 
-# End-of-turn tokens of chat models. Many files name only an end of text as EOS; the model then ends its turn with one of
-# these, and would talk on as the user if it were not heeded. Only tokens marked special count.
-TURN_ENDS = frozenset((
+_TURN_ENDS = frozenset((
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "<EOT>",
     "[EOT]", "<|endoftext|>", "<|end_of_text|>", "<|user|>", "<end_of_utterance>", "<|END_OF_TURN_TOKEN|>",
     "<｜end▁of▁sentence｜>",
 ))
+
+
+def turn_ends(special: dict[str, int]) -> frozenset[int]:
+    """Ids of the end-of-turn tokens of chat models among the special ones.
+
+    Many files name only an end of text as EOS; the model then ends its turn with one of these, and would talk on as the
+    user if it were not heeded.
+    """
+    return frozenset(special[token] for token in _TURN_ENDS & special.keys())
 
 
 def open_tokenizer(files) -> Tokenizer:

@@ -1,0 +1,210 @@
+"""A tokenizer from a Hugging Face folder.
+
+tokenizer.json is taken as it is, by the tokenizers library; tokenizer_config.json and the older files beside it say what it
+leaves open: the names of special tokens, whether a BOS is added, and the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvrun.errors import ModelError
+from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
+
+_MAX_JSON = 256 << 20           # the largest known tokenizer.json has about 35 MB
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def from_folder(folder: Path) -> Tokenizer:
+    """ModelError if the folder has no usable tokenizer.json, or one that the tokenizers library cannot carry out."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        hint = " (only the older tokenizer.model)" if (folder / "tokenizer.model").is_file() else ""
+        raise ModelError(f"{folder}: no tokenizer.json{hint}; fetch the model again or use a GGUF file of it")
+    if path.stat().st_size > _MAX_JSON:
+        raise ModelError(f"{path}: {path.stat().st_size} bytes are more than any tokenizer has; fetch it again")
+    config = _read_json(folder / "tokenizer_config.json")
+    older = _read_json(folder / "special_tokens_map.json")
+    from tokenizers import Tokenizer as Library
+    library = _guarded(path, lambda: Library.from_file(str(path)), starting=True)
+    library.no_truncation()
+    library.no_padding()
+    names = {name: content for name in _NAMES if (content := _content(config.get(name, older.get(name)))) is not None}
+    _add_tokens(library, path, config, older, names)
+    decoder = library.get_added_tokens_decoder()
+    special = {token.content: i for i, token in decoder.items() if token.special}
+    prefix = _prefix(library, path, config, names)
+    ends = turn_ends(special)
+    if (eos := library.token_to_id(names.get("eos_token", ""))) is not None:
+        ends |= {eos}
+    return Tokenizer(
+        _LibraryEncoder(library, path), _decoding(library, path), library.id_to_token,
+        max([library.get_vocab_size(), *(i + 1 for i in decoder)]), special,
+        tuple(token.content for token in decoder.values() if not token.special), prefix, names, ends,
+        _templates(folder, config))
+
+
+class _LibraryEncoder:
+    def __init__(self, library, path: Path):
+        self._library, self._path = library, path
+        self._marked: tuple[tuple, object] | None = None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        self._library.encode_special_tokens = not special
+        return _guarded(self._path, lambda: self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_marked(self, text: str, stand_ins: dict[str, str], plain: Set[str]) -> list[int]:
+        """A copy of the tokenizer learns the stand-ins; that costs as much as loading it, once for each set of them."""
+        from tokenizers import AddedToken, Tokenizer as Library
+        key = tuple(sorted(stand_ins.items())), frozenset(plain)
+        if self._marked is None or self._marked[0] != key:
+            copy = Library.from_str(self._library.to_str())
+            known = {token.content: token for token in copy.get_added_tokens_decoder().values()}
+            # Special tokens are not matched below, so a token that must stay text is made one.
+            copy.add_special_tokens([token for content, token in known.items() if content in plain])
+            for mark, token in stand_ins.items():
+                like = known[token]
+                copy.add_tokens([AddedToken(mark, lstrip=like.lstrip, rstrip=like.rstrip, normalized=False)])
+            copy.encode_special_tokens = True
+            self._marked = key, copy
+        copy = self._marked[1]
+        back = {copy.token_to_id(mark): self._library.token_to_id(token) for mark, token in stand_ins.items()}
+        return [back.get(i, i) for i in _guarded(self._path, lambda: copy.encode(text, add_special_tokens=False).ids)]
+
+
+def _add_tokens(library, path: Path, config: dict, older: dict, names: dict[str, str]) -> None:
+    """Tokens that only tokenizer_config.json lists, and those it calls special (as transformers adds them)."""
+    from tokenizers import AddedToken
+    listed = config.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        for key, entry in sorted(listed.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0):
+            if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
+                raise ModelError(f"{path.with_name('tokenizer_config.json')}: damaged: added token {key!r}")
+            if library.token_to_id(content) is None:
+                flags = {flag: bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+                library.add_tokens([AddedToken(content, **flags)])
+                if library.token_to_id(content) != int(key):
+                    raise ModelError(f"{path}: has no token {content!r}, which tokenizer_config.json gives the id {key}; "
+                                     "fetch both again")
+    more = [*names.values()]
+    for source in (config, older):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            value = source.get(key)
+            value = value.values() if isinstance(value, dict) else value
+            more += filter(None, map(_content, value or ()))
+    known = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    library.add_special_tokens([known.get(content, AddedToken(content, normalized=False, special=True))
+                                for content in dict.fromkeys(more) if library.token_to_id(content) is not None])
+
+
+def _prefix(library, path: Path, config: dict, names: dict[str, str]) -> tuple[int, ...]:
+    """What the tokenizer puts before a prompt: by add_bos_token if the config has it, else by the post-processor."""
+    add_bos = config.get("add_bos_token")
+    if isinstance(add_bos, bool):
+        bos = library.token_to_id(names.get("bos_token", ""))
+        return (bos,) if add_bos and bos is not None else ()
+    # What it puts behind (an EOS of a T5, say) would end a prompt, and is left out.
+    def probe():
+        bare = library.encode("a", add_special_tokens=False).ids
+        whole = library.encode("a").ids
+        at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)
+        return tuple(whole[:at])
+    return _guarded(path, probe)
+
+
+def _decoding(library, path: Path) -> Decoding:
+    state = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {"type": None}
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return Decoding(byte_level=True)
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0].get("pattern") == {"String": "\u2581"}:
+        strips = steps[3:]
+        if steps[0]["content"] == " " and all(s["type"] == "Strip" and s["content"] == " " and not s["stop"] for s in strips):
+            return Decoding(byte_level=False, strip=sum(s["start"] for s in strips))
+    raise ModelError(f"{path}: decoder {' + '.join(map(str, kinds))} is not supported; "
+                     "kvrun reads byte-level and SentencePiece ones")
+
+
+def _templates(folder: Path, config: dict) -> dict[str, str]:
+    """chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else chat_template.json."""
+    found: dict[str, str] = {}
+    try:
+        if (path := folder / "chat_template.jinja").is_file():
+            found["default"] = path.read_text(encoding="utf-8")
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            found[path.stem] = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"{path}: cannot be read: {e}") from None
+    if found:
+        return found
+    for value in (config.get("chat_template"), _read_json(folder / "chat_template.json").get("chat_template")):
+        if isinstance(value, str):
+            return {"default": value}
+        if isinstance(value, list):
+            try:
+                return {str(entry["name"]): str(entry["template"]) for entry in value}
+            except (TypeError, KeyError):
+                raise ModelError(f"{folder / 'tokenizer_config.json'}: damaged: chat_template") from None
+    return {}
+
+
+def _read_json(path: Path) -> dict:
+    """{} if there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path}: is not readable JSON: {e}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: is not a JSON object; fetch it again")
+    return value
+
+
+def _content(token) -> str | None:
+    """A special token of a config: a string, or an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def _guarded(path: Path, call: Callable, starting: bool = False):
+    """The call's result. What the library raises, a panic of its Rust side included, becomes a ModelError."""
+    try:
+        with _silent_stderr() if starting else _as_it_is():
+            return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:          # pyo3's PanicException is no Exception
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{path}: the tokenizer cannot be used: {' '.join(str(e).split())[:300]}; "
+                         "fetch it again") from None
+
+
+@contextmanager
+def _as_it_is():
+    yield
+
+
+@contextmanager
+def _silent_stderr():
+    """Rust writes the story of a panic to descriptor 2 itself; the error raised says enough."""
+    try:
+        kept = os.dup(2)
+    except OSError:                     # no standard error
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
