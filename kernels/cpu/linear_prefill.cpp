@@ -2,6 +2,8 @@
 // Every product is summed over the columns in order, so a row's result does not depend on the other rows.
 #include "linear.h"
 
+#if !defined(__AMX_TILE__)  // see linear_amx.cpp
+
 namespace KV_NS {
 
 // Register tile: ROWS activation rows times BLOCKS weight blocks.
@@ -81,3 +83,5 @@ void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
 }
 
 }  // namespace KV_NS
+
+#endif
