@@ -1,0 +1,146 @@
+"""Runs small plans through kv_cpu_step over numpy arrays, and lays out cache pages as kernels/page.h says."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvrun.backends.native import DTYPES, ISAS, ffi, lib
+
+GRANTED = [isa for isa, number in ISAS.items() if number <= lib.kv_cpu_isa()]
+PAGE = lib.KV_PAGE
+STORED = {"f32": np.uint32, "f16": np.uint16, "bf16": np.uint16}
+
+
+def random() -> np.random.Generator:
+    """A generator seeded anew; pytest shows the seed when the test fails."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def poisoned(*shape: int) -> np.ndarray:
+    return np.full(shape, np.nan, dtype=np.float32)
+
+
+def pointer(array: np.ndarray | None, kind: str = "float *"):
+    if array is None:
+        return ffi.NULL
+    assert array.flags.c_contiguous
+    return ffi.cast(kind, array.ctypes.data)
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of float32 values in a storage format, rounded to nearest even."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if dtype == "f32":
+        return values.view(np.uint32)
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def loaded(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The inverse of stored()."""
+    if dtype == "f32":
+        return bits.view(np.float32)
+    if dtype == "f16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class Cache:
+    """One layer of a page pool. Every byte starts as NaN."""
+
+    def __init__(self, n_pages: int, kv_heads: int, head_dim: int, k_dtype: str = "bf16", v_dtype: str = "bf16", group: int = 0):
+        self.n_pages, self.kv_heads, self.head_dim = n_pages, kv_heads, head_dim
+        self.k_dtype, self.v_dtype, self.group = k_dtype, v_dtype, group
+        k_size, v_size = (kv_heads * PAGE * head_dim * STORED[t](0).nbytes for t in (k_dtype, v_dtype))
+        self.v_offset, gap = k_size + 64, 128
+        self.stride = self.v_offset + v_size + gap
+        self.memory = np.full(n_pages * self.stride, 0xFF, dtype=np.uint8)
+
+    def head(self, page: int, head: int, which: str) -> np.ndarray:
+        """The bits of K (V) of one head of a page, a writable view of [8][D/2][16][2] (of [64][D][2])."""
+        kind = STORED[self.k_dtype if which == "k" else self.v_dtype]
+        size = PAGE * self.head_dim * kind(0).nbytes
+        start = page * self.stride + (self.v_offset if which == "v" else 0) + head * size
+        shape = (PAGE // 16, self.head_dim // 2, 16, 2) if which == "k" else (PAGE // 2, self.head_dim, 2)
+        return self.memory[start : start + size].view(kind).reshape(shape)
+
+    def tokens(self, page: int, head: int, which: str) -> np.ndarray:
+        """The bits of one head of a page as [128][D], a copy."""
+        bits = self.head(page, head, which)
+        order = (0, 2, 1, 3) if which == "k" else (0, 2, 1)
+        return bits.transpose(order).reshape(PAGE, self.head_dim)
+
+    def put(self, page: int, head: int, which: str, slot: int, values: np.ndarray) -> None:
+        """Stores float32 values [n][D] from `slot` on."""
+        bits = self.tokens(page, head, which)
+        bits[slot : slot + len(values)] = stored(values, self.k_dtype if which == "k" else self.v_dtype)
+        if which == "k":
+            laid = bits.reshape(PAGE // 16, 16, self.head_dim // 2, 2).transpose(0, 2, 1, 3)
+        else:
+            laid = bits.reshape(PAGE // 2, 2, self.head_dim).transpose(0, 2, 1)
+        self.head(page, head, which)[:] = laid
+
+    def fields(self) -> dict:
+        return {"base": pointer(self.memory, "void *"), "page_stride": self.stride, "v_offset": self.v_offset,
+                "k_dtype": DTYPES[self.k_dtype], "v_dtype": DTYPES[self.v_dtype], "group": self.group}
+
+
+class Machine:
+    """A kv_cpu. Scratch is exactly what kv_cpu_scratch says, poisoned, with a guard behind it."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self.isa, self.threads = isa, threads
+        self.cpu = lib.kv_cpu_open(ISAS[isa], threads)
+        assert self.cpu
+        self.appended = 0
+
+    def close(self) -> None:
+        lib.kv_cpu_close(self.cpu)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), prefill=False, out_row=(), sampler=None, token=None,
+            max_pages: int | None = None, status: int = lib.KV_OK) -> list[int]:
+        """Runs (kind, fields) ops for rows at positions `pos`. tables[group][sequence] = (pages, bases). Returns next."""
+        rows, out = len(pos), len(out_row)
+        plan = ffi.new("kv_op[]", len(ops))
+        for op, (kind, fields) in zip(plan, ops, strict=True):
+            op.kind, op.layer = getattr(lib, f"KV_OP_{kind.upper()}"), -1
+            setattr(op, kind, fields)
+        keep = {name: np.ascontiguousarray(values, dtype=np.int32) for name, values in
+                {"token": token if token is not None else [0] * rows, "pos": pos, "seq": seq if seq is not None else [0] * rows,
+                 "out_row": list(out_row) or [0], "next": [-7] * max(out, 1)}.items()}
+        n_seqs = len(tables[0]) if tables else int(keep["seq"].max()) + 1
+        c_tables = ffi.new("kv_table[]", max(1, len(tables) * n_seqs))
+        arrays = []
+        for c_table, (pages, bases) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
+            arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
+            c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
+        if max_pages is None:
+            max_pages = max((len(pages) for group in tables for pages, _ in group), default=0)
+        state = ffi.new("kv_state *", {"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
+                                       "status": 99, "table": c_tables, "sampler": ffi.NULL if sampler is None else sampler,
+                                       "appended": self.appended, **{n: pointer(a, "int32_t *") for n, a in keep.items()}})
+        size = lib.kv_cpu_scratch(plan, len(plan), rows, max_pages, self.threads, ISAS[self.isa])
+        assert size > 0 and size % 64 == 0
+        room = np.full(size // 4 + 48, np.nan, dtype=np.float32)
+        start = (-room.ctypes.data % 64) // 4
+        got = lib.kv_cpu_step(self.cpu, plan, len(plan), state, pointer(room[start:], "void *"))
+        assert np.isnan(room[start + size // 4 :]).all(), "wrote past its scratch"
+        assert np.isnan(room[:start]).all(), "wrote before its scratch"
+        assert got == status == state.status
+        self.appended = state.appended
+        return [int(i) for i in keep["next"][:out]]
