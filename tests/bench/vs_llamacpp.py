@@ -51,13 +51,18 @@ def main() -> None:
     names = ([f"pp{options.prompt}"] if options.prompt else []) + [f"tg{options.gen} @ {d}" for d in options.depth if options.gen]
     rates: dict[str, dict[str, list[float]]] = {name: {"kvrun": [], "llama.cpp": []} for name in names}
 
+    load = machine()["load"]
+    if load > 0.5:
+        print(f"the machine is not quiet (load {load:.1f}): these figures will not count", file=sys.stderr)
+    bandwidths = []
     for index in range(options.rounds):
+        bandwidths.append(read_bandwidth(options.threads))
         for who, rate in (("kvrun", run_kvrun), ("llama.cpp", run_peer)):
             for name, value in rate(options, engine, ids, binary, peer_model).items():
                 rates[name][who].append(value)
-        print(f"round {index + 1} of {options.rounds}: load {machine()['load']:.2f}", file=sys.stderr)
+        print(f"round {index + 1} of {options.rounds}", file=sys.stderr)
 
-    bandwidth = read_bandwidth(options.threads)
+    bandwidth = statistics.median(bandwidths)
     rows = []
     for name in names:
         ours, theirs = rates[name]["kvrun"], rates[name]["llama.cpp"]
@@ -71,14 +76,14 @@ def main() -> None:
     engine.close()
 
     print(f"{files.name}, {options.threads} threads, {engine.executor.isa} kernels; peer: {build} {options.peer_args}".rstrip())
-    print(f"{machine()['cpu']}; reads {bandwidth / 1e9:.1f} GB/s; tokens/s, median of {options.rounds} rounds in turn")
+    print(f"{machine()['cpu']}; load before {load:.1f}; reads {bandwidth / 1e9:.1f} GB/s; tokens/s, median of {options.rounds} rounds in turn")
     print(f"{'':14}{'kvrun':>10}{'llama.cpp':>11}{'ratio':>8}{'of bandwidth':>14}")
     for row in rows:
         share = f"{row['share_of_bandwidth']:>13.0%}" if "share_of_bandwidth" in row else ""
         print(f"{row['test']:14}{row['kvrun']:>10.1f}{row['llama.cpp']:>11.1f}{row['ratio']:>8.2f}{share:>14}")
     if options.json:
         options.json.write_text(json.dumps({"model": files.name, "peer": build, "threads": options.threads,
-                                            "machine": machine(), "bandwidth": bandwidth, "rows": rows, "samples": rates},
+                                            "machine": {**machine(), "load": load}, "bandwidth": bandwidth, "rows": rows, "samples": rates},
                                            indent=1), encoding="utf-8")
 
 
