@@ -18,12 +18,14 @@ _SAFE_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A whole model in the cache. refs: the branches and tags that point to `commit`. n_bytes: of all its files."""
+    """A whole model in the cache. file: its GGUF file, None for safetensors. refs: the branches and tags that point to
+    `commit`. n_bytes: of all its files."""
 
     repo: str
+    file: str | None
     commit: str
     refs: tuple[str, ...]
-    folder: Path
+    path: Path
     n_bytes: int
 
 
@@ -73,12 +75,15 @@ def weight_files(folder: Path) -> list[str]:
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_bytes())
         return sorted(set(map(str, index["weight_map"].values())))
+    except FileNotFoundError:
+        single = [p.name for p in folder.glob("*.safetensors")]
+        return single if len(single) == 1 else []
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []
 
 
 def cached_models() -> Iterator[CachedModel]:
-    """Every whole model of the cache that has safetensors."""
+    """Every whole model of the cache: folders with safetensors, and GGUF files."""
     for base in sorted(hub_cache().glob("models--*--*")):
         repo = base.name.removeprefix("models--").replace("--", "/", 1)
         refs: dict[str, list[str]] = {}
@@ -87,6 +92,17 @@ def cached_models() -> Iterator[CachedModel]:
                 refs.setdefault(ref.read_text("utf-8", "replace").strip(), []).append(
                     ref.relative_to(base / "refs").as_posix())
         for folder in sorted((base / "snapshots").glob("*")):
+            named = tuple(refs.get(folder.name, ()))
             if is_whole(folder):
-                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-                yield CachedModel(repo, folder.name, tuple(refs.get(folder.name, ())), folder, size)
+                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.suffix != ".gguf")
+                yield CachedModel(repo, None, folder.name, named, folder, size)
+            for file in sorted(f for f in folder.rglob("*.gguf") if f.is_file()):
+                yield CachedModel(repo, file.relative_to(folder).as_posix(), folder.name, named, file, file.stat().st_size)
+
+
+def discard(link: Path) -> None:
+    """Removes a file of a snapshot, and the blob that it links to unless another snapshot does too."""
+    blob, snapshots = link.resolve(), next(p for p in link.parents if p.name == "snapshots")
+    link.unlink()
+    if not any(other.is_symlink() and other.resolve() == blob for other in snapshots.rglob(link.name)):
+        blob.unlink(missing_ok=True)

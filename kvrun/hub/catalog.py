@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from kvrun.errors import NotFoundError, StorageError, UsageError
@@ -64,6 +63,8 @@ class Catalog:
 
     def nearest(self, name: str) -> NotFoundError:
         """The error for a name that is none, offering the closest ones."""
+        from difflib import get_close_matches
+
         near = get_close_matches(name.lower(), self.aliases, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(self.aliases))}"
         return NotFoundError(f"{name}: no alias, folder, org/name or .gguf file of that name; {hint}")

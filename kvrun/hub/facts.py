@@ -127,7 +127,9 @@ def local_models(catalog: Catalog) -> list[Local]:
                              "gguf" if whole else "incomplete", "package", str(folder)))
     for model in cached_models():
         ref = "main" if "main" in model.refs else model.refs[0] if model.refs else model.commit
-        names = tuple(a.name for a in aliases if a.repo == model.repo and a.revision in (*model.refs, model.commit))
-        out.append(Local(model.repo if ref == "main" else f"{model.repo}@{ref}", names, model.n_bytes, "safetensors",
-                         "hub", str(model.folder), model.commit))
+        names = tuple(a.name for a in aliases
+                      if not model.file and a.repo == model.repo and a.revision in (*model.refs, model.commit))
+        name = f"{model.repo}/{model.file}" if model.file else model.repo
+        out.append(Local(name if ref == "main" else f"{name}@{ref}", names, model.n_bytes,
+                         "gguf" if model.file else "safetensors", "hub", str(model.path), model.commit))
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvrun.errors import NotFoundError, UsageError
 from kvrun.hub import remote
-from kvrun.hub.cache import repo_folder, snapshot_folder
+from kvrun.hub.cache import discard, repo_folder, snapshot_folder
 from kvrun.hub.catalog import Alias
 from kvrun.hub.files import ModelFiles, Progress
 from kvrun.hub.folder import open_folder, open_gguf
@@ -50,7 +50,7 @@ def _from_hub(repo: str, file: str | None, revision: str, name: str, settings: d
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that `remove` would delete. commit: of a Hub snapshot, else None."""
+    """Something that `remove` would delete: a folder of the store, or of `repo` one file or the snapshot `commit`."""
 
     path: Path
     n_bytes: int
@@ -70,7 +70,12 @@ def removals(model: str, revision: str | None = None) -> list[Removal]:
             found.append(Removal(folder, _size(folder)))
         repo, wanted = where.repo, revision or where.revision
     else:
-        repo, _, wanted = where
+        repo, file, wanted = where
+        if file:
+            path = remote.cached_file(repo, file, wanted)
+            if path is None:
+                raise NotFoundError(f"{model}: nothing of it is on this machine")
+            return [Removal(path, path.stat().st_size, repo)]
     if repo and (folder := snapshot_folder(repo, wanted)):
         found.append(Removal(folder, _size(folder), repo, folder.name))
     if not found:
@@ -87,6 +92,9 @@ def remove(removal: Removal) -> None:
                     if path.name != ".lock":
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
             shutil.rmtree(removal.path)
+            return
+        if removal.commit is None:
+            discard(removal.path)
             return
         from huggingface_hub import scan_cache_dir
 

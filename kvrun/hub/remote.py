@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvrun.errors import AccessError, KvrunError, ModelError, NotFoundError, StorageError
-from kvrun.hub.cache import hub_cache, is_whole, repo_folder, snapshot_folder, weight_files
+from kvrun.hub.cache import discard, hub_cache, is_whole, repo_folder, snapshot_folder, weight_files
 from kvrun.hub.files import Progress
 from kvrun.hub.store import storage_error, watching
 
@@ -67,8 +67,10 @@ def fetch_snapshot(repo: str, revision: str, progress: Progress | None = None, c
         if folder is None:
             raise NotFoundError(f"{repo}@{revision}: changed while it was fetched; try again")
         weights = weight_files(folder) if "model.safetensors" not in names else ["model.safetensors"]
-        if not weights:
-            weights = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
+        if "model.safetensors.index.json" not in names and "model.safetensors" not in names:
+            weights = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+        if not weights or ("model.safetensors.index.json" not in names and len(weights) > 1):
+            raise ModelError(f"{repo}: neither model.safetensors nor an index that says which of its files make a model")
         for name in weights:
             if name not in names:
                 raise ModelError(f"{repo}: the index names {name!r}, which the repository does not have")
@@ -124,7 +126,7 @@ def _download(hub, repo: str, revision: str, listing: _Listing, names: list[str]
         if here.is_file() and not (check and not checksum_ok(here, listing.files[name][1], progress)):
             continue
         if here.exists():
-            _discard(here)
+            discard(here)
         fresh.append(name)
     if not fresh and revision == listing.commit:
         return
@@ -141,7 +143,7 @@ def _download(hub, repo: str, revision: str, listing: _Listing, names: list[str]
         if not here.is_file():
             raise NotFoundError(f"{repo}@{revision}: {name} did not arrive; try again")
         if not checksum_ok(here, listing.files[name][1], progress):
-            _discard(here)
+            discard(here)
             raise ModelError(f"{repo}: {name} arrived damaged (its checksum is wrong) and was removed; "
                              f"kvrun pull {repo} fetches it again")
 
@@ -153,13 +155,6 @@ def _arrived(blobs: Path, sums: list[str]) -> int:
 
 def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _discard(link: Path) -> None:
-    """Removes a file of a snapshot and the blob that it links to."""
-    blob = link.resolve()
-    link.unlink()
-    blob.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from kvrun.errors import ModelError, NotFoundError, StorageError
@@ -14,12 +15,13 @@ _CHUNK = 1 << 30  # the kernel moves at most 2 GiB a call
 def open_file(path: Path) -> int:
     """A descriptor for reading. NotFoundError if there is no such file, StorageError if it cannot be opened."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        # without O_NONBLOCK a named pipe would wait here for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
     except OSError as e:
         raise StorageError(f"{path}: cannot be opened: {e.strerror}") from e
-    if os.fstat(fd).st_mode & 0o170000 != 0o100000:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise StorageError(f"{path}: not a regular file")
     return fd

@@ -122,7 +122,7 @@ class FolderSource:
             if not shard.endswith(".safetensors") or set(shard) & set("/\\\0") or shard.startswith("."):
                 raise ModelError(f"{path}: names {shard!r}, which is no safetensors file of this folder")
             if not (self.folder / shard).is_file():
-                raise ModelError(f"{path}: shard {shard} is missing; {self.repair}")
+                raise ModelError(f"{path}: shard {shard!r} is missing; {self.repair}")
         return mapping
 
     def _header(self, path: Path) -> dict[str, _Entry]:
@@ -150,4 +150,4 @@ class FolderSource:
             with safe_open(path, framework="np"):
                 pass
         except (SafetensorError, OSError, ValueError) as e:
-            raise ModelError(f"{path}: damaged or cut short ({e}); {self.repair}") from None
+            raise ModelError(f"{path}: damaged or cut short ({' '.join(str(e).split())}); {self.repair}") from None

@@ -150,7 +150,7 @@ def _factors(m: _Meta, name: str) -> list[float] | None:
 
 def _rope_scaling(m: _Meta) -> dict | None:
     trained = m.size("context_length")
-    original = m.get("rope.scaling.original_context_length", int, trained)
+    original = m.size("rope.scaling.original_context_length", trained)
     if plain := _factors(m, "rope_freqs.weight"):
         # Llama 3's scaling, already worked out per channel pair: LongRoPE with both lists equal says just that
         return {"rope_type": "longrope", "short_factor": plain, "long_factor": plain, "factor": 1.0,
@@ -195,6 +195,7 @@ def _windows(m: _Meta, config: dict, period: int) -> None:
 def _mistral3(m: _Meta, config: dict) -> None:
     if m.get("attention.temperature_scale", float, 0.0):
         raise ModelError(f"{m.file.path}: attention temperature scaling (mistral3) is not supported")
+    config["sliding_window"] = m.get("attention.sliding_window", int, 0) or None
 
 
 def _qwen2(m: _Meta, config: dict) -> None:
@@ -227,8 +228,8 @@ def _gemma3(m: _Meta, config: dict) -> None:
 
 
 def _phi3(m: _Meta, config: dict) -> None:
-    config["original_max_position_embeddings"] = m.get(
-        "rope.scaling.original_context_length", int, config["max_position_embeddings"])
+    config["original_max_position_embeddings"] = m.size(
+        "rope.scaling.original_context_length", config["max_position_embeddings"])
     config["sliding_window"] = m.get("attention.sliding_window", int, 0) or None
 
 

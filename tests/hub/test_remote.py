@@ -155,6 +155,33 @@ def test_pull_follows_a_branch_and_run_does_not(hub, machine):
     assert json.loads(machine.python(RESOLVE, "org/tiny").stdout)["revision"] == new
 
 
+def test_weights_of_another_name(hub, machine):
+    repo = hub.repos["org/named"] = Repo()
+    files = tiny_files()
+    files["weights.safetensors"] = files.pop("model.safetensors")
+    repo.commit(files, "two")
+    repo.commit({k: v for k, v in files.items() if k != "consolidated.safetensors"}, "main")
+    assert machine.python(RESOLVE, "org/named").returncode == 0
+    hub.requests.clear()
+    assert machine.python(RESOLVE, "org/named").returncode == 0 and hub.requests == []
+    unclear = machine.python(RESOLVE, "org/named@two")
+    assert unclear.returncode == 5 and "which of its files" in unclear.stderr
+
+
+def test_names_that_would_leave_the_cache(hub, machine):
+    """A listing is foreign text: nothing outside the cache is read, checked or removed for it."""
+    victim = machine.home / "victim.safetensors"
+    victim.write_text("mine")
+    files = tiny_files(2)
+    index = json.loads(files["model.safetensors.index.json"])
+    away = "../../../../../victim.safetensors"
+    index["weight_map"] = dict.fromkeys(index["weight_map"], away)
+    hub.repos["org/evil"] = Repo()
+    hub.repos["org/evil"].commit(files | {"model.safetensors.index.json": json.dumps(index).encode(), away: b"theirs"}, "main")
+    got = machine.kvrun("pull", "org/evil")
+    assert got.returncode != 0 and victim.read_text() == "mine" and got.stderr.count("\n") == 1, got.stderr
+
+
 def test_pickles_are_refused_before_anything_is_fetched(hub, machine):
     repo = hub.repos["org/old"] = Repo()
     repo.commit({k: v for k, v in tiny_files().items() if not k.endswith(".safetensors")}, "main")
@@ -172,6 +199,10 @@ def test_a_repository_of_gguf_files(hub, machine, tiny_gguf):
     files = json.loads(got.stdout)
     assert files["kind"] == "gguf" and files["revision"] == repo.revisions["main"]
     assert hub.fetched() == ["tiny-q8.gguf"]
+    (row,) = json.loads(machine.kvrun("ls", "--json").stdout)
+    assert (row["name"], row["format"], row["n_bytes"]) == ("org/ggufs/tiny-q8.gguf", "gguf", len(tiny_gguf))
+    assert machine.kvrun("rm", "org/ggufs/tiny-q8.gguf", "--yes").returncode == 0
+    assert json.loads(machine.kvrun("ls", "--json").stdout) == [] and not Path(files["path"]).exists()
 
 
 def test_offline_opens_no_socket(hub, machine):

@@ -105,7 +105,7 @@ def test_a_missing_shard_is_found_before_anything_is_read(sharded):
     folder, _ = sharded
     (folder / "model-00003-of-00003.safetensors").unlink()
     (folder / "model-00001-of-00003.safetensors").write_bytes(b"broken too")
-    with pytest.raises(ModelError, match="model-00003-of-00003.safetensors is missing; kvrun pull x"):
+    with pytest.raises(ModelError, match="'model-00003-of-00003.safetensors' is missing; kvrun pull x"):
         FolderSource(folder, "kvrun pull x")
 
 

@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvrun.errors import ModelError
 from kvrun.models import load_spec
@@ -33,6 +35,11 @@ CASES = {
     "llama linear": ("llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {},
                      {"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "mistral": ("llama", {}, {}, {"architectures": ["MistralForCausalLM"], "sliding_window": None}),
+    "mistral3": ("mistral3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_beta_fast": 16.0,
+                              "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.original_context_length": 64}, {},
+                 {"architectures": ["MistralForCausalLM"], "sliding_window": None, "rope_scaling": {
+                     "rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0,
+                     "original_max_position_embeddings": 64}}),
     "qwen2": ("qwen2", {}, {}, {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}),
     "qwen2 yarn": ("qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
                              "rope.scaling.original_context_length": 64}, {},
@@ -152,6 +159,21 @@ def test_generation_config(write_gguf):
 def test_refusals(arch, meta, says, write_gguf):
     with pytest.raises(ModelError, match=says.replace("(", r"\(")):
         hf_config(write_model(write_gguf, arch, meta, {}))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_hostile_values_are_model_errors(data, write_gguf):
+    """Whatever a header says: a config, which load_spec may still refuse, or a ModelError; in no time and memory."""
+    arch, meta, tensors, _ = CASES[data.draw(st.sampled_from(sorted(CASES)))]
+    values = META | meta
+    hostile = st.sampled_from([0, 1, 3, 2**32 - 1, 0.0, -1.0, float("nan"), float("inf"), "x", True, [0] * N_LAYERS, ["x"], None])
+    for key in data.draw(st.lists(st.sampled_from([*values, "rope.scaling.type", "rope.scaling.factor", "expert_count"]), max_size=3)):
+        values[key] = data.draw(hostile)
+    try:
+        load_spec(hf_config(write_model(write_gguf, arch, values, tensors)), "gguf")
+    except ModelError as e:
+        assert "\n" not in str(e)
 
 
 def test_equal_per_layer_counts_are_one(write_gguf):
