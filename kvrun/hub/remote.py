@@ -211,7 +211,7 @@ def _mapped(e: Exception, repo: str, revision: str, url: str) -> KvrunError | No
 
 def _causes(e: BaseException) -> list[BaseException]:
     out: list[BaseException] = []
-    while e is not None and e not in out:
+    while e is not None and e not in out and not isinstance(e, KvrunError):  # those are of an earlier source
         out.append(e)
         e = e.__cause__ or e.__context__
     return out

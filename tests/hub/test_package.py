@@ -158,6 +158,8 @@ def test_the_hub_when_the_index_has_nothing(machine, hub, tiny_gguf):
         w.unlink()
     nowhere = machine.python(RESOLVE, "tiny")
     assert nowhere.returncode == 3 and "org/tiny" in nowhere.stderr and "tiny-part0==1.0" in nowhere.stderr
+    down = machine.python(RESOLVE, "tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    assert down.returncode == 3 and "cannot be reached" in down.stderr and "NotFoundError" not in down.stderr
     hub.repos["org/tiny"] = Repo()
     hub.repos["org/tiny"].commit(tiny_files(), "main")
     got = machine.python(RESOLVE, "tiny")
