@@ -15,27 +15,35 @@ int64_t linear_scratch(const kv_op_linear &op, int max_rows, int threads) {
     return decode > prefill ? decode : prefill;
 }
 
-static void finish16(const kv_op_linear &op, f32x16 y, const float *bias, float *out) {
-    if (bias) y = y + load(bias);
-    f32x16 factor = splat(op.scale);
+static KV_INLINE void finish16(const kv_op_linear &op, const float *y, const float *bias, float *out) {
+    f32x16 z = load(y), factor = splat(op.scale);
+    if (bias) z = z + load(bias);
     if (op.softcap > 0) {
-        y = tanh(y * factor / splat(op.softcap));
+        z = tanh(z * factor / splat(op.softcap));
         factor = splat(op.softcap);
     }
-    store(out, op.accumulate ? fma(factor, y, load(out)) : factor * y);
+    store(out, op.accumulate ? fma(factor, z, load(out)) : factor * z);
 }
 
 // One copy, never inlined: a row must round alike wherever it is finished.
-__attribute__((noinline)) void linear_finish(const kv_op_linear &op, int64_t row, int64_t block, const f32x16 &y) {
-    int64_t column = block * KV_LANES, left = op.w.n - column;
-    float *out = op.out + row * op.w.n + column;
-    const float *bias = op.bias ? op.bias + column : nullptr;
-    if (left >= KV_LANES) return finish16(op, y, bias, out);
-    float part[KV_LANES] = {}, part_bias[KV_LANES] = {};
-    if (op.accumulate) memcpy(part, out, left * sizeof(float));
-    if (bias) memcpy(part_bias, bias, left * sizeof(float));
-    finish16(op, y, bias ? part_bias : nullptr, part);
-    memcpy(out, part, left * sizeof(float));
+__attribute__((noinline)) void linear_finish(const kv_op_linear &op, int64_t row, int64_t rows, int64_t block, int64_t blocks,
+                                             const float *y, int64_t stride) {
+    const int64_t n = op.w.n;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t column = (block + b) * KV_LANES, left = n - column;
+            const float *z = y + r * stride + b * KV_LANES, *bias = op.bias ? op.bias + column : nullptr;
+            float *out = op.out + (row + r) * n + column;
+            if (left >= KV_LANES) {
+                finish16(op, z, bias, out);
+                continue;
+            }
+            float part[KV_LANES] = {}, part_bias[KV_LANES] = {};
+            if (op.accumulate) memcpy(part, out, left * sizeof(float));
+            if (bias) memcpy(part_bias, bias, left * sizeof(float));
+            finish16(op, z, bias ? part_bias : nullptr, part);
+            memcpy(out, part, left * sizeof(float));
+        }
 }
 
 }  // namespace KV_NS

@@ -9,8 +9,9 @@ static inline int64_t blocks_of(const kv_weight &w) { return (w.n + KV_LANES - 1
 static inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }
 
-// Stores y, the plain products of one row with the 16 weight rows of `block`, as kv_op_linear says.
-void linear_finish(const kv_op_linear &, int64_t row, int64_t block, const f32x16 &y);
+// Stores y[rows][stride], the plain products of `rows` activation rows from `row` on with `blocks` weight blocks from
+// `block` on, as kv_op_linear says.
+void linear_finish(const kv_op_linear &, int64_t row, int64_t rows, int64_t block, int64_t blocks, const float *y, int64_t stride);
 
 // Decode: float32 activations times weights that are widened in registers, one pass over the weights.
 void linear_decode(const kv_op_linear &, int rows, kv::Worker &);

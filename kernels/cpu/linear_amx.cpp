@@ -121,8 +121,8 @@ void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
             bool pair = i + 1 < row_blocks;
             Multiply run = count == 2 ? (pair ? multiply<2, 2> : multiply<1, 2>) : pair ? multiply<2, 1> : multiply<1, 1>;
             run(a0, a1, b0, b1, groups, out);
-            for (int64_t r = 0; r < 2 * KV_LANES && i * KV_LANES + r < rows; r++)
-                for (int64_t b = 0; b < count; b++) linear_finish(op, i * KV_LANES + r, block + b, load(out + r * 32 + b * 16));
+            const int64_t row = i * KV_LANES, left = rows - row;
+            linear_finish(op, row, left < 2 * KV_LANES ? left : 2 * KV_LANES, block, count, out, 32);
         }
     });
 }

@@ -21,14 +21,17 @@ int64_t linear_decode_scratch(const kv_op_linear &op, int threads) {
 
 // y[r] = sum over columns of the block's weights times x[r]; sums[r][g]: x[r] summed over the columns of group g.
 template <class W, int R> static KV_INLINE void dot(const uint8_t *block, int64_t groups, const float *x, int64_t k,
-                                                    const float *sums, f32x16 *y) {
+                                                    const float *sums, float *y) {
     const f32x16 zero = splat(0.f);
     f32x16 total[R], even[R], odd[R];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) total[r] = even[r] = odd[r] = zero;
     for (int64_t g = 0; g < groups; g++, block += W::UNIT, x += KV_GROUP) {
         for (int64_t b = 0; b < W::UNIT; b += 64) prefetch(block + AHEAD + b);
-        if (W::SCALED)
+        if constexpr (W::SCALED) {
+#pragma GCC unroll 8
             for (int r = 0; r < R; r++) even[r] = odd[r] = zero;
+        }
         W::pairs(block, [&](int c, f32x16 a, f32x16 b) __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
@@ -47,7 +50,8 @@ template <class W, int R> static KV_INLINE void dot(const uint8_t *block, int64_
             for (int r = 0; r < R; r++) total[r] = fma(min, splat(sums[r * groups + g]), total[r]);
         }
     }
-    for (int r = 0; r < R; r++) y[r] = W::SCALED ? total[r] : even[r] + odd[r];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) store(y + r * KV_LANES, W::SCALED ? total[r] : even[r] + odd[r]);
 }
 
 struct Pass {
@@ -57,9 +61,9 @@ struct Pass {
 };
 
 template <class W, int R> static __attribute__((noinline)) void tile(const Pass &pass, const uint8_t *block, int64_t b, int r) {
-    f32x16 y[R];
+    float y[R * KV_LANES];
     dot<W, R>(block, pass.groups, pass.x + r * pass.k, pass.k, pass.sums + r * pass.groups, y);
-    for (int i = 0; i < R; i++) linear_finish(pass.op, pass.row + r + i, b, y[i]);
+    linear_finish(pass.op, pass.row + r, R, b, 1, y, KV_LANES);
 }
 
 template <class W> static void decode(const kv_op_linear &op, int rows, kv::Worker &worker) {

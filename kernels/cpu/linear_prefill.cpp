@@ -43,7 +43,9 @@ template <int R, int B> static __attribute__((noinline)) void tile(const kv_op_l
     int64_t k = op.w.k;
     const float *x = op.x + row * k;
     f32x16 y[R][B];
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
         for (int b = 0; b < B; b++) y[r][b] = splat(0.f);
     for (int64_t c = 0; c < k; c++, panel += B * KV_LANES) {
         f32x16 w[B];
@@ -56,8 +58,12 @@ template <int R, int B> static __attribute__((noinline)) void tile(const kv_op_l
             for (int b = 0; b < B; b++) y[r][b] = fma(a, w[b], y[r][b]);
         }
     }
+    float out[R * B * KV_LANES];
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) linear_finish(op, row + r, block + b, y[r][b]);
+#pragma GCC unroll 2
+        for (int b = 0; b < B; b++) store(out + (r * B + b) * KV_LANES, y[r][b]);
+    linear_finish(op, row, R, block, B, out, B * KV_LANES);
 }
 
 template <int B> static void multiply(const kv_op_linear &op, const float *panel, int64_t block, int64_t rows) {
