@@ -164,7 +164,7 @@ class ReferenceExecutor:
 
     def _append(self, qkv, rope, q_norm, k_norm, cache, heads, kv_heads, head_dim, rope_dim, interleaved, qk_norm,
                 eps, w_offset):
-        q, k, v = self._rows(qkv).split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
+        q, k, v = self._rows(qkv).clone().split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
         turned = []
         for part, norm in ((q, q_norm), (k, k_norm)):
             if qk_norm not in (QK_NONE, QK_HEAD):
