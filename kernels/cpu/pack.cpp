@@ -133,29 +133,38 @@ template <GroupPacker pack> void pack_groups(uint8_t *block, int64_t block_bytes
 
 // ---- floats ----
 
-float as_f32(const uint8_t *row, int32_t dtype, int64_t c) {
-    if (dtype == KV_F32) return bits_f32(u32(row + 4 * c));
+template <int SRC> float as_f32(const uint8_t *row, int64_t c) {
+    if (SRC == KV_F32) return bits_f32(u32(row + 4 * c));
     uint16_t v = u16(row + 2 * c);
-    return dtype == KV_F16 ? f16_to_f32(v) : bf16_to_f32(v);
+    return SRC == KV_F16 ? f16_to_f32(v) : bf16_to_f32(v);
 }
 
-// 16-bit words of columns c and c+1 of a row, converted to dtype.
-uint32_t pair(const uint8_t *row, int32_t src_dtype, int32_t dtype, int64_t c) {
-    if (src_dtype == dtype) return u32(row + 2 * c);
-    float a = as_f32(row, src_dtype, c), b = as_f32(row, src_dtype, c + 1);
-    uint32_t low = dtype == KV_F16 ? f32_to_f16(a) : f32_to_bf16(a), high = dtype == KV_F16 ? f32_to_f16(b) : f32_to_bf16(b);
-    return low | high << 16;
+// The 32-bit word of a packed row that begins with column c: a float, or columns c and c+1 in 16 bits each.
+template <int SRC, int DST> uint32_t word(const uint8_t *row, int64_t c) {
+    if (DST == KV_F32) return f32_bits(as_f32<SRC>(row, c));
+    if (SRC == DST) return u32(row + 2 * c);
+    float a = as_f32<SRC>(row, c), b = as_f32<SRC>(row, c + 1);
+    return DST == KV_F16 ? f32_to_f16(a) | (uint32_t)f32_to_f16(b) << 16 : f32_to_bf16(a) | (uint32_t)f32_to_bf16(b) << 16;
 }
 
-void pack_floats(uint8_t *block, int32_t dtype, int64_t k, const uint8_t *src, int32_t src_dtype, int64_t row_bytes,
-                 int lane, int rows) {
-    int step = dtype == KV_F32 ? 1 : 2;  // columns in a 32-bit word
-    for (int64_t c = 0; c < k; c += step)
-        for (int r = 0; r < rows; r++) {
-            const uint8_t *row = src + r * row_bytes;
-            uint32_t word = dtype == KV_F32 ? f32_bits(as_f32(row, src_dtype, c)) : pair(row, src_dtype, dtype, c);
-            memcpy(block + c / step * 64 + 4 * (lane + r), &word, 4);
+template <int SRC, int DST> void pack_floats(uint8_t *block, int64_t k, const uint8_t *src, int64_t row_bytes, int lane, int rows) {
+    constexpr int STEP = DST == KV_F32 ? 1 : 2, SPAN = 16 * STEP;   // columns of a word, and of a square of 16 x 16 words
+    for (int64_t c = 0; c < k; c += SPAN) {
+        uint32_t square[16][16] = {};                               // [lane][word]
+        for (int r = 0; r < rows; r++)
+            for (int w = 0; w < 16; w++) square[r][w] = word<SRC, DST>(src + r * row_bytes, c + w * STEP);
+        for (int w = 0; w < 16; w++) {
+            uint32_t line[16];
+            for (int r = 0; r < 16; r++) line[r] = square[r][w];
+            memcpy(block + (c / STEP + w) * 64 + 4 * lane, line, 4 * rows);
         }
+    }
+}
+
+using FloatPacker = void (*)(uint8_t *block, int64_t k, const uint8_t *src, int64_t row_bytes, int lane, int rows);
+
+template <int SRC> FloatPacker float_packer(int32_t dtype) {
+    return dtype == KV_F32 ? pack_floats<SRC, KV_F32> : dtype == KV_F16 ? pack_floats<SRC, KV_F16> : pack_floats<SRC, KV_BF16>;
 }
 
 // Rows lane..15 of a block become zero.
@@ -224,7 +233,9 @@ EXPORT int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const v
             case KV_GGUF_Q4_K: pack_groups<q4_k>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q5_0: pack_groups<q5_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q8_0: pack_groups<q8_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
-            default: pack_floats(block, dst->dtype, k, from, src_dtype, row_bytes, lane, count);
+            case KV_F32: float_packer<KV_F32>(dst->dtype)(block, k, from, row_bytes, lane, count); break;
+            case KV_F16: float_packer<KV_F16>(dst->dtype)(block, k, from, row_bytes, lane, count); break;
+            default: float_packer<KV_BF16>(dst->dtype)(block, k, from, row_bytes, lane, count);
         }
         row += count;
         from += count * row_bytes;
