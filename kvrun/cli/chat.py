@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvrun.cli import options as opt
-from kvrun.errors import ContextFullError, ModelError, UsageError
+from kvrun.errors import ContextFullError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.batch import Sampler
@@ -176,19 +176,20 @@ class Chat:
 
     def _take_turn(self, message: str) -> None:
         """One message and its answer. What can be said in a line and mended by the user does not end the chat."""
+        from kvrun.text.template import TemplateError
+
         try:
-            prompt = self.conversation.prompt(message)
             sampling = self.options.sampling
-            events = self.engine.generate(prompt, sampler=self.sampler, max_tokens=sampling.max_tokens, stop=sampling.stop)
+            events = self.engine.generate(self.conversation.ask(message), sampler=self.sampler, max_tokens=sampling.max_tokens, stop=sampling.stop)
         except ContextFullError as error:
             self.console.report(f"context full: {error}; /clear forgets the conversation")
             return
-        except ModelError as error:  # the template refused the messages
+        except TemplateError as error:
             self.console.error(str(error))
             return
         end, text, ids = self._show(events)
         if ids:
-            self.conversation.add(message, prompt, text, ids)
+            self.conversation.answered(text, ids)
         if self.options.stats:
             from kvrun.cli.report import stats_line
 
@@ -206,10 +207,11 @@ class Chat:
         """Renders an answer. Returns its end, its text and its token ids."""
         from kvrun.cli.interrupts import interrupts
         from kvrun.engine.events import Notice, Prefill, Stop, Token
+        from kvrun.terminal.lines import without_echo
 
         pieces: list[str] = []
         ids: list[int] = []
-        with interrupts(self.engine):
+        with without_echo(), interrupts(self.engine):
             for event in events:
                 if isinstance(event, Token):
                     ids.append(event.id)

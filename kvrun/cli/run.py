@@ -110,8 +110,13 @@ def _run(options: RunOptions) -> int:
         engine.close()
 
 
+def _continues(options: RunOptions, engine: Engine) -> bool:
+    """Whether the answer goes on the prompt's own text, with no chat template between."""
+    return options.raw or not engine.text.has_template
+
+
 def _encode(options: RunOptions, engine: Engine, prompt: str) -> list[int]:
-    if options.raw or not engine.text.has_template:
+    if _continues(options, engine):
         if options.system:
             raise UsageError(f"{options.model.model} has no chat template, so --system has no place; put it into the prompt")
         return engine.text.encode(prompt, bos=True)
@@ -126,7 +131,8 @@ def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: En
 
     sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
     events = engine.generate(_encode(options, engine, prompt), sampler=sampler, max_tokens=options.sampling.max_tokens,
-                             stop=options.sampling.stop, logprobs=options.logprobs or 0, echo=options.echo)
+                             stop=options.sampling.stop, logprobs=options.logprobs or 0, echo=options.echo,
+                             continued=_continues(options, engine))
     tokens: list[Token] = []
     end: Stop | None = None
     with interrupts(engine):

@@ -21,32 +21,41 @@ class Conversation:
     def __init__(self, text: Text, system: str | None = None) -> None:
         self._text = text
         self.system = system
-        self.messages: list[Message] = []
         self.clear()
 
     def clear(self) -> None:
         """Forgets every turn; the system prompt stays."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self._ids: list[int] = []
-        self._answer_at = 0
+        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        self._asked: tuple[str, list[int], list[int]] = ("", [], [])
+        # The last turn that was answered: its prompt as the template encodes it, the ids up to its answer as the model
+        # read them, and the answer's.
+        self._plain: list[int] = []
+        self._read: list[int] = []
+        self._said: list[int] = []
 
-    def prompt(self, user: str) -> list[int]:
-        """Token ids that end where the answer to `user` begins. Changes nothing: `add` records the turn."""
-        ids = self._text.encode_chat([*self.messages, {"role": "user", "content": user}], add_generation_prompt=True)
-        at = self._answer_at
-        if not self._ids or ids[:at] != self._ids[:at]:
-            return ids
+    def ask(self, user: str) -> list[int]:
+        """Token ids that end where the answer to `user` begins. The turn counts once `answered` is called."""
+        plain = self._text.encode_chat([*self.messages, {"role": "user", "content": user}], add_generation_prompt=True)
+        ids = self._spliced(plain)
+        self._asked = (user, plain, ids)
+        return ids
+
+    def _spliced(self, plain: list[int]) -> list[int]:
+        """`plain` with the earlier turns' ids as they were, where the template left those turns alone."""
+        at = len(self._plain)
+        if not at or plain[:at] != self._plain:
+            return plain
         # The old answer ends at the first special token: nothing in a message's content is encoded as one.
-        end = next((i for i in range(at, len(ids)) if ids[i] in self._text.special_ids), None)
-        if end is None or self._decode(ids[at:end]).strip() != self._decode(self._ids[at:]).strip():
-            return ids  # the template changed the answer (say, it drops reasoning): the cache keeps what still agrees
-        return self._ids + ids[end:]
+        end = next((i for i in range(at, len(plain)) if plain[i] in self._text.special_ids), None)
+        if end is None or self._decode(plain[at:end]).strip() != self._decode(self._said).strip():
+            return plain  # the template changed the answer (say, it drops reasoning): the cache keeps what still agrees
+        return self._read + self._said + plain[end:]
 
-    def add(self, user: str, prompt: list[int], answer: str, answer_ids: list[int]) -> None:
-        """Records a turn: what `prompt` gave for `user`, and the answer, also a partial one."""
-        self.messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        self._ids = prompt + answer_ids
-        self._answer_at = len(prompt)
+    def answered(self, text: str, ids: list[int]) -> None:
+        """Records the turn last asked for, with its answer, also a partial one."""
+        user, self._plain, self._read = self._asked
+        self._said = ids
+        self.messages += [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
 
     def _decode(self, ids: Iterable[int]) -> str:
         detokenizer = self._text.detokenizer()

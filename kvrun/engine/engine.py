@@ -38,14 +38,15 @@ class Engine:
         self._running: Generator[Event, None, None] | None = None
 
     def generate(self, ids: Items[int], *, sampler: Sampler | None = None, max_tokens: int | None = None,
-                 stop: Items[str] = (), logprobs: int = 0, echo: bool = False) -> Iterator[Event]:
+                 stop: Items[str] = (), logprobs: int = 0, echo: bool = False, continued: bool = False) -> Iterator[Event]:
         """Continues the prompt `ids`; the last event is a Stop.
 
         What the prompt shares with the front of the cache is not computed again, except the last prompt token, whose
         logits are needed. sampler: None is greedy. max_tokens: None is until the model stops or n_ctx is full.
         stop: strings that end the answer and are not part of it. logprobs: how many alternatives come with each
         token's log-probability (0: neither). echo: prompt_logprobs in the Stop, for which the whole prompt is
-        computed. Ends a generation that is still open. Raises ContextFullError and UsageError at once, NumericError
+        computed. continued: the answer goes on the prompt's text, so a leading space belongs to it (SentencePiece).
+        Ends a generation that is still open. Raises ContextFullError and UsageError at once, NumericError
         while generating.
         """
         ids = list(ids)
@@ -61,7 +62,7 @@ class Engine:
         if self._running is not None:
             self._running.close()
         self._interrupted = False
-        self._running = self._generate(_Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo))
+        self._running = self._generate(_Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued))
         return self._running
 
     def interrupt(self) -> None:
@@ -124,7 +125,7 @@ class Engine:
             return ("interrupt" if self._interrupted else "length"), ""
         from kvrun.text.stops import StopStrings
 
-        detokenizer, stops = self.text.detokenizer(), StopStrings(job.stop)
+        detokenizer, stops = self.text.detokenizer(continued=job.continued), StopStrings(job.stop)
         while drawn not in self.text.eos_ids:
             record = None
             if job.logprobs:
@@ -190,13 +191,14 @@ class _Job:
     """One generation's wishes, and what it has counted."""
 
     def __init__(self, ids: list[int], sampler: Sampler, max_tokens: int | None, stop: list[str], logprobs: int,
-                 echo: bool) -> None:
+                 echo: bool, continued: bool) -> None:
         self.ids = ids
         self.sampler = sampler
         self.max_tokens = max_tokens
         self.stop = stop
         self.logprobs = logprobs
         self.echo = echo
+        self.continued = continued
         self.stats = Stats(prompt_tokens=len(ids))
         self.prompt_logprobs: list[TokenLogprob] = []
         # The penalty counts an id once, so a set in order of appearance does; it stays empty where nothing reads it.

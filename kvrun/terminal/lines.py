@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -66,3 +69,19 @@ class PipedLines:
             return line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             raise UsageError(f"line {self._number} of standard input is not UTF-8 text; it was skipped") from None
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """While inside, what is typed does not appear amid an answer; it waits for the next prompt. Ctrl-C works as ever."""
+    if not streams.is_terminal(streams.STDIN):
+        yield
+        return
+    before = termios.tcgetattr(streams.STDIN)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(streams.STDIN, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(streams.STDIN, termios.TCSANOW, before)

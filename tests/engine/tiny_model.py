@@ -67,7 +67,8 @@ def _config(sizes: dict[str, int], layers: int) -> dict:
 def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, template: str | None = TEMPLATE) -> Path:
     """Random weights, spread enough that answers wander over the vocabulary and depend on all of the context.
 
-    window: 0 is a Llama with full attention, else a Mistral whose layers all slide over that many positions.
+    With top_k=50 or greedy, an answer has no end of its own. window: 0 is a Llama with full attention, else a Mistral
+    whose layers all slide over that many positions.
     """
     rng = np.random.default_rng(seed)
     sizes = {"hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "dim": 32}
@@ -76,8 +77,10 @@ def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, t
         return rng.standard_normal(shape) * (2.0 / np.sqrt(shape[-1]))
 
     vocab = 256 + 3
+    head = rng.standard_normal((vocab, sizes["hidden"])) * 0.4
+    head[256:] = 0                # special tokens have logit 0: never greedy, never among the likelier half
     tensors = {"model.embed_tokens.weight": rng.standard_normal((vocab, sizes["hidden"])),
-               "lm_head.weight": rng.standard_normal((vocab, sizes["hidden"])) * 0.4, "model.norm.weight": np.ones(sizes["hidden"])}
+               "lm_head.weight": head, "model.norm.weight": np.ones(sizes["hidden"])}
     for i in range(layers):
         tensors |= _layer(i, sizes, draw)
     config = _config(sizes, layers)

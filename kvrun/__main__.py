@@ -1,0 +1,7 @@
+"""python -m kvrun"""
+
+import sys
+
+from kvrun.cli.main import main
+
+sys.exit(main())

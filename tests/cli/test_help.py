@@ -1,0 +1,68 @@
+"""Help that is there at once and tells the truth."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from kvrun.cli.main import app
+
+COMMAND = typer.main.get_command(app)
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "rich", "jinja2", "prompt_toolkit", "gguf", "cffi")
+
+
+@pytest.mark.parametrize("args", [[], *([name] for name in sorted(COMMAND.commands))], ids=lambda a: " ".join(["kvrun", *a]))
+def test_help_imports_nothing_heavy(args, environment):
+    code = (f"import sys\nfrom kvrun.cli.main import main\ncode = main({[*args, '--help']!r})\n"
+            f"sys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))\nsys.exit(code)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert result.returncode == 0 and result.stderr == b""
+    assert b"Usage: kvrun" in result.stdout and b"\x1b" not in result.stdout
+
+
+def examples(name):
+    lines = (COMMAND.commands[name].help if name else COMMAND.help).split("Examples:")[1].split("Exit codes")[0].splitlines()
+    return [line.strip() for line in lines if "kvrun" in line]
+
+
+@pytest.mark.parametrize("name", ["", *sorted(COMMAND.commands)])
+def test_every_example_is_a_command_line_that_parses(name):
+    found = examples(name)
+    assert len(found) >= (3 if name in ("", "run", "chat", "doctor") else 1)
+    for line in found:
+        words = shlex.split(line[line.index("kvrun") :])
+        stop = next((i for i, word in enumerate(words) if word in ("|", ">", "&&")), len(words))
+        used, args = words[1], words[2:stop]
+        assert not name or used == name
+        COMMAND.commands[used].make_context(used, args)  # raises for a wrong option or value; runs nothing
+
+
+def test_version(kvrun):
+    from kvrun import __version__
+
+    result = kvrun("--version")
+    assert (result.returncode, result.stdout) == (0, f"kvrun {__version__}\n".encode())
+
+
+def test_doctor_reports_without_importing_torch(environment):
+    import json
+
+    code = ("import sys\nfrom kvrun.cli.main import main\ncode = main(['doctor', '--json'])\n"
+            "sys.stderr.write(' '.join(m for m in ('torch', 'transformers') if m in sys.modules))\nsys.exit(code)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    report = json.loads(result.stdout)
+    assert report["versions"]["torch"][0].isdigit() and report["versions"]["kvrun"]
+    assert str(environment["HOME"]) in report["places"]["packaged models"]
+    if "problem" not in report["native kernels"]:
+        assert report["native kernels"]["instruction set"] in ("plain", "avx2", "avx512", "amx")
+        assert report["memory reading"]["1 thread"].endswith("GB/s")
+
+
+def test_doctor_for_people(kvrun):
+    result = kvrun("doctor")
+    assert result.returncode == 0 and result.stderr == b""
+    for heading in (b"versions", b"native kernels", b"memory", b"cuda", b"places"):
+        assert b"\n" + heading + b"\n" in b"\n" + result.stdout
