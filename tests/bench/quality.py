@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--kv", default="f16", help="cache format of the cpu executor; the reference has f32 (default: %(default)s)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--no-decode", action="store_true", help="skip the row-by-row run")
-    parser.add_argument("--no-answers", action="store_true", help="skip the greedy answers")
+    parser.add_argument("--answers", type=int, default=len(QUESTIONS), help="greedy answers to compare (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
 
@@ -81,9 +81,9 @@ def main() -> None:
     for name, r in results.items():
         print(f"{name:10} mean KLD {r['mean_kld']:.2e}   max {r['max_kld']:.2e}   same top-1 {r['same_top1']:.2%}   "
               f"perplexity {r['perplexity_cpu']:.4f} / {r['perplexity_reference']:.4f}")
-    if not options.no_answers:
+    if options.answers:
         chat = cpu.text.has_template
-        prompts = [cpu.text.encode_chat([{"role": "user", "content": q}]) if chat else cpu.text.encode(q) for q in QUESTIONS]
+        prompts = [cpu.text.encode_chat([{"role": "user", "content": q}]) if chat else cpu.text.encode(q) for q in QUESTIONS[: options.answers]]
         for engine in (reference, cpu):
             engine.sequence.clear()                       # logits_of stepped past the engine
             engine.tokens.clear()

@@ -65,3 +65,11 @@ def test_the_device_is_refused_with_exit_code_2():
     with pytest.raises(UsageError, match="no CUDA decode loop yet") as refusal:
         require()
     assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
+
+
+def test_a_command_on_cuda_ends_with_2_and_one_line(smollm2, capfd):
+    from kvrun.cli.main import main
+
+    assert main(["run", str(smollm2.path), "Hello", "--device", "cuda"]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "no CUDA decode loop yet" in err
