@@ -119,7 +119,8 @@ static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Wo
             for (int page = run.first; page < run.last;) {
                 const int end = part_end(run, page);
                 block.start();
-                pages(block, op.cache, *run.table, page, end, kv_head);
+                pages(block, op.cache, *run.table, page, end, kv_head,
+                      end < run.last ? k_of(op.cache, run.table->page[end], kv_head, d) : nullptr);
                 for (int i = 0; i < queries; i++)
                     merge(block.total + (int64_t)i * d, block.total_m[i], block.total_l[i], block.o + (int64_t)i * d,
                           block.m[i], block.l[i], d);
@@ -139,32 +140,48 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
                          const Run *runs, int n_runs, int64_t parts, Pages pages) {
     const int group = op.heads / op.kv_heads, d = op.head_dim;
     const int64_t slot = slot_floats(op), m_at = slot - 16;
-    int run_i = 0, part = 0;                                  // where this thread's cursor is; items come in order
-    while (run_i + 1 < n_runs && runs[run_i].parts == 0) run_i++;
-    int page = runs[run_i].first;
-    int64_t passed = 0;
-    worker.split(parts * op.kv_heads, 1, [&](int64_t item, int64_t) {
-        const int kv_head = (int)(item % op.kv_heads);
-        for (; passed < item / op.kv_heads; passed++) {
-            page = part_end(runs[run_i], page);
-            if (++part == runs[run_i].parts) {
-                do run_i++; while (runs[run_i].parts == 0);
-                page = runs[run_i].first, part = 0;
-            }
+    // Items are (run, part, KV head) in this order; a place is where one is. A thread takes its next item before it
+    // computes the one it has, to ask for the next K in time.
+    struct Place { int64_t item, passed; int run, part, page; };
+    auto advance = [&](Place p, int64_t item) {
+        for (p.item = item; p.passed < item / op.kv_heads; p.passed++) {
+            p.page = part_end(runs[p.run], p.page);
+            if (++p.part < runs[p.run].parts) continue;
+            do p.run++; while (runs[p.run].parts == 0);
+            p.page = runs[p.run].first, p.part = 0;
         }
-        const Run &run = runs[run_i];
+        return p;
+    };
+    auto k_at = [&](const Place &p) { return k_of(op.cache, runs[p.run].table->page[p.page], (int)(p.item % op.kv_heads), d); };
+    auto reduce = [&](const Place &p, const char *next_k) {
+        const Run &run = runs[p.run];
+        const int kv_head = (int)(p.item % op.kv_heads);
         Block block = block_in(mine, queries_of_block(op), d);
         load_block(block, op, state, run, kv_head);
         block.start();
-        pages(block, op.cache, *run.table, page, part_end(run, page), kv_head);
+        pages(block, op.cache, *run.table, p.page, part_end(run, p.page), kv_head, next_k);
         for (int i = 0; i < block.rows * group; i++) {
             const int64_t row = i / group, head = kv_head * group + i % group;
-            float *to = slots + (run.slot + (row * op.heads + head) * run.parts + part) * slot;
+            float *to = slots + (run.slot + (row * op.heads + head) * run.parts + p.part) * slot;
             memcpy(to, block.o + (int64_t)i * d, sizeof(float) * (size_t)d);
             to[m_at] = block.m[i];
             to[m_at + 1] = block.l[i];
         }
-    });
+    };
+    Place here{-1, 0, 0, 0, 0};
+    while (here.run + 1 < n_runs && runs[here.run].parts == 0) here.run++;
+    here.page = runs[here.run].first;
+    int64_t item, end;
+    if (worker.take(parts * op.kv_heads, 1, item, end)) {
+        here = advance(here, item);
+        while (worker.take(parts * op.kv_heads, 1, item, end)) {
+            const Place next = advance(here, item);
+            reduce(here, k_at(next));
+            here = next;
+        }
+        reduce(here, nullptr);
+    }
+    worker.finish();
     worker.barrier();
     const int rows = runs[n_runs - 1].end - runs[0].begin;
     worker.split((int64_t)rows * op.heads, 4, [&](int64_t begin, int64_t end) {

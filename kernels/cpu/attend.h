@@ -49,11 +49,12 @@ static inline Block block_in(float *at, int queries, int head_dim) {
     return b;
 }
 
-// Adds pages [page, end) of the table to the block's part.
-using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head);
+// Adds pages [page, end) of the table to the block's part. next_k: what will be read after them, or null.
+using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, const char *next_k);
 
 template <class K, class V>
-static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head);
+static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
+                         const char *next_k);
 
 }  // namespace KV_NS
 

@@ -104,7 +104,7 @@ static inline int pass_of(int n) {
     static const int8_t best[TILE + 1] = {0, 1, 2, 3, 4, 3, 6, 4, 8, 6, 6, 8, 12};
     return best[n < TILE ? n : TILE];
 }
-#define KV_PASSES(X) X(1, 4) X(2, 4) X(3, 4) X(4, 2) X(6, 2) X(8, 1) X(12, 1)
+#define KV_PASSES(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(6, 2) X(8, 1) X(12, 1)
 #else
 static inline int pass_of(int n) { return n < 3 ? n : 3; }
 #define KV_PASSES(X) X(1, 2) X(2, 1) X(3, 1)
@@ -167,7 +167,8 @@ static void odd_channels(const typename F::T *v, int dim, int from_channel, int 
 }
 
 template <class K, class V>
-static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head) {
+static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
+                         const char *next_k) {
     const int d = block.head_dim, group = block.group, blocks_v = d / 16;
     for (; page < end; page++) {
         const int base = table.base[page];
@@ -186,7 +187,7 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
         };
         const auto *k = (const typename K::T *)k_of(cache, table.page[page], kv_head, d);
         const auto *v = (const typename V::T *)v_of(cache, table.page[page], kv_head, d);
-        const char *next_k = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : nullptr;
+        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next_k;
         for (int i = from * group, n; i < to * group; i += n) {
             n = pass_of(to * group - i);
             const int low = low_of(i / group), high = high_of((i + n - 1) / group);
@@ -204,7 +205,7 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
                 if (fresh) memset(block.o + (int64_t)(i + j) * d, 0, sizeof(float) * (size_t)d);
             }
             pass<V>(n, v, (int64_t)d * 2, (int64_t)32, blocks_v, low / 2, high / 2, high % 2 != 0, (const float *)block.s,
-                    (int64_t)KV_PAGE, block.o + (int64_t)i * d, (int64_t)d, (const float *)keep, leads ? next_k : nullptr);
+                    (int64_t)KV_PAGE, block.o + (int64_t)i * d, (int64_t)d, (const float *)keep, leads ? ahead : nullptr);
             if (blocks_v * 16 < d)
                 for (int j = 0; j < n; j++)
                     odd_channels<V>(v, d, blocks_v * 16, low, high, block.s + j * KV_PAGE, block.o + (int64_t)(i + j) * d, keep[j]);

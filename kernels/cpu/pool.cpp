@@ -188,7 +188,7 @@ void read_part(void *arg, int thread) {
     const uint64_t *p = (const uint64_t *)(r.data + begin * 64);
     uint64_t s[8] = {};
     for (int64_t i = begin; i < end; i++, p += 8) {
-        __builtin_prefetch((const char *)p + 4096, 0, 0);
+        __builtin_prefetch((const char *)p + 4096, 0, 2);
         for (int j = 0; j < 8; j++) s[j] += p[j];
     }
     r.sum += s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
