@@ -40,12 +40,13 @@ def probabilities(logits: np.ndarray, sampler: Sampler, recent: list[int]) -> np
 
 
 def penalized(logits: np.ndarray, sampler: Sampler, recent: list[int]) -> np.ndarray:
-    """float64 copy of the logits with the repeat penalty on every id of `recent`, once."""
-    x = np.array(logits, dtype=np.float64)
-    if sampler.repeat_penalty != 1 and recent:
-        ids = np.unique(recent)
-        x[ids] = np.where(x[ids] < 0, x[ids] * sampler.repeat_penalty, x[ids] / sampler.repeat_penalty)
-    return x
+    """float64 copy of the logits with the repeat penalty (in float32) on every id of `recent`, once."""
+    x = np.array(logits, dtype=np.float32)
+    if sampler.repeat_penalty != 1:
+        ids = np.array([i for i in set(recent) if 0 <= i < len(x)], dtype=np.int64)
+        penalty = np.float32(sampler.repeat_penalty)
+        x[ids] = np.where(x[ids] < 0, x[ids] * penalty, x[ids] / penalty)
+    return x.astype(np.float64)
 
 
 def draw(logits: np.ndarray, sampler: Sampler, recent: list[int], position: int) -> int:
