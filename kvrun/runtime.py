@@ -45,8 +45,9 @@ class _Background:
         return self._value
 
 
-def choose_device(device: str) -> str:
-    """auto | cpu | cuda | reference -> the executor to use. Raises KvrunError where it cannot be had."""
+def choose_device(device: str, notify: Callable[[str], None]) -> str:
+    """auto | cpu | cuda | reference -> the executor to use. Raises KvrunError where what was named cannot be had;
+    `auto` without native kernels is the reference executor, said aloud."""
     if device == "cuda":
         from kvrun.backends.cuda import require
 
@@ -54,19 +55,26 @@ def choose_device(device: str) -> str:
     if device in ("cpu", "reference", "cuda"):
         return device
     if device == "auto":
+        from kvrun.errors import KvrunError
+
+        try:
+            import kvrun.backends.native  # noqa: F401 - loads the library
+        except KvrunError as error:
+            notify(f"{error}; using the slow reference executor")
+            return "reference"
         return "cpu"
     raise UsageError(f"--device {device}: choose auto, cpu, cuda or reference")
 
 
 def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | None = None, kv: str = "f16",
                 threads: int | None = None, max_out: int = 1, prefill_chunk: int = 512,
-                progress: Progress | None = None) -> Engine:
+                progress: Progress | None = None, notify: Callable[[str], None] = lambda text: None) -> Engine:
     """An Engine over the model in `files`, with everything allocated.
 
     n_ctx: tokens of context; None is the alias' value, else min(trained length, 8192). kv: cache format.
-    max_out: rows of a step that can give logits. Errors: ModelError, OutOfMemoryError, UsageError.
+    max_out: rows of a step that can give logits. notify: told what the user must know. Errors: ModelError, OutOfMemoryError, UsageError.
     """
-    device = choose_device(device)
+    device = choose_device(device, notify)
     text = _Background(lambda: _load_text(files))
     try:
         return _open(files, text, device, n_ctx, kv, threads, max_out, prefill_chunk, progress)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from kvrun.weights.source import RawTensor, TensorSource
 _PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8"}
 # Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized; they and mixtures become this.
 _FALLBACK = "bf16"
+_SLICE_VALUES = 1 << 20
+"""Values read and packed at a time."""
 
 Progress = Callable[[int, int], None]
 
@@ -87,30 +89,65 @@ def as_float32(raw: RawTensor) -> np.ndarray:
     return dequantize(data.reshape(raw.shape[0], -1), kind).reshape(raw.shape)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """`rows` rows of the tensor of one part, from its row `start` on; they become the matrix' rows from `row` on."""
+
+    item: PackedWeight
+    part: str
+    start: int
+    rows: int
+    row: int
+
+
+def _slices(packed: list[PackedWeight], source: TensorSource, refs: Mapping[str, TensorRef]) -> Iterator[list[_Slice]]:
+    """The work of packing, as jobs that may run side by side: slices of about _SLICE_VALUES, so that what is read at a
+    time stays small, or a whole matrix where a slice would share a block of 16 rows with its neighbour."""
+    for item in packed:
+        job, row, aligned_rows = [], 0, True
+        for part in item.weight.parts:
+            ref = refs[part]
+            stop = source.info(ref.name)[1][0] if ref.stop is None else ref.stop
+            rows = stop - ref.start
+            aligned_rows &= row % lib.KV_LANES == 0
+            step = rows  # heads are put back in order as a whole
+            if not ref.unpermute_heads:
+                step = max(1, _SLICE_VALUES // (item.weight.k * lib.KV_LANES)) * lib.KV_LANES
+            for start in range(0, rows, step):
+                job.append(_Slice(item, part, ref.start + start, min(step, rows - start), row + start))
+            row += rows
+        if row != item.weight.n:
+            raise ModelError(f"{item.weight.name}: {row} rows in the file, {item.weight.n} in the config")
+        if aligned_rows:
+            yield from ([one] for one in job)
+        else:
+            yield job
+
+
 def pack(packed: list[PackedWeight], arena: Arena, source: TensorSource, refs: Mapping[str, TensorRef],
          threads: int, progress: Progress | None = None) -> None:
-    """Reads and packs every matrix into `arena`, `threads` at a time. progress(bytes done, bytes in all)."""
-    todo = iter(sorted(packed, key=lambda p: -p.n_bytes))
+    """Reads and packs every matrix into `arena`, `threads` jobs at a time. progress(values done, values in all)."""
+    todo = _slices(packed, source, refs)
     lock = threading.Lock()
-    done, total = 0, weight_bytes(packed)
+    done, total = 0, sum(p.weight.n * p.weight.k for p in packed)
     failures: list[BaseException] = []
 
     def work() -> None:
         nonlocal done
-        while not failures:
-            with lock:
-                item = next(todo, None)
-            if item is None:
-                return
-            try:
-                _pack_one(item, arena, source, refs)
-            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-                failures.append(error)
-                return
-            with lock:
-                done += aligned(item.n_bytes)
-                if progress:
-                    progress(done, total)
+        try:
+            while not failures:
+                with lock:
+                    job = next(todo, None)
+                if job is None:
+                    return
+                for piece in job:
+                    _pack_slice(piece, arena, source, refs)
+                with lock:
+                    done += sum(piece.rows * piece.item.weight.k for piece in job)
+                    if progress:
+                        progress(done, total)
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            failures.append(error)
 
     workers = [threading.Thread(target=work, name="kvrun-pack") for _ in range(threads - 1)]
     for worker in workers:
@@ -122,20 +159,15 @@ def pack(packed: list[PackedWeight], arena: Arena, source: TensorSource, refs: M
         raise failures[0]
 
 
-def _pack_one(item: PackedWeight, arena: Arena, source: TensorSource, refs: Mapping[str, TensorRef]) -> None:
+def _pack_slice(piece: _Slice, arena: Arena, source: TensorSource, refs: Mapping[str, TensorRef]) -> None:
+    item = piece.item
     target = ffi.new("kv_weight *", {"data": ffi.cast("void *", arena.address + item.offset), "dtype": DTYPES[item.dtype],
                                      "n": item.weight.n, "k": item.weight.k})
-    row = 0
-    for part in item.weight.parts:
-        raw = read_part(source, refs[part])
-        rows = raw.shape[0]
-        if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):
-            raw = RawTensor(raw.name, "f32", raw.shape, np.ascontiguousarray(as_float32(raw)).view(np.uint8).reshape(-1))
-        if lib.kv_pack(target, row, rows, ffi.from_buffer(raw.data), DTYPES[raw.dtype]) != lib.KV_OK:
-            raise ModelError(f"{raw.name}: cannot pack {raw.dtype} {raw.shape} as {item.dtype}")
-        row += rows
-    if row != item.weight.n:
-        raise ModelError(f"{item.weight.name}: {row} rows in the file, {item.weight.n} in the config")
+    raw = read_part(source, replace(refs[piece.part], start=piece.start, stop=piece.start + piece.rows))
+    if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):
+        raw = RawTensor(raw.name, "f32", raw.shape, np.ascontiguousarray(as_float32(raw)).view(np.uint8).reshape(-1))
+    if lib.kv_pack(target, piece.row, piece.rows, ffi.from_buffer(raw.data), DTYPES[raw.dtype]) != lib.KV_OK:
+        raise ModelError(f"{raw.name}: cannot pack {raw.dtype} {raw.shape} as {item.dtype}")
 
 
 def read_vector(vector: Vector, source: TensorSource, refs: Mapping[str, TensorRef]) -> np.ndarray:

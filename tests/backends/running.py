@@ -1,0 +1,32 @@
+"""Runs token ids through an opened engine's executor, row by row or chunk by chunk, and collects the logits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvrun.backends.batch import Batch
+
+
+def logits_of(engine, ids: list[int], *, chunk: int, prefill: bool = True) -> np.ndarray:
+    """float32 [len(ids)][vocab] from an emptied cache, in steps of `chunk` rows, every row giving logits."""
+    engine.sequence.clear()
+    rows = []
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        engine.sequence.extend(len(part))
+        engine.executor.step(Batch(
+            tokens=part, positions=list(range(start, start + len(part))), prefill=prefill,
+            tables=[[t] for t in engine.sequence.tables()], out_rows=list(range(len(part)))))
+        rows.append(np.array(engine.executor.logits(), copy=True))
+    return np.concatenate(rows)
+
+
+def kl_divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each row, in nats."""
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(p_logits), log_softmax(q_logits)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
