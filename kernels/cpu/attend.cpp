@@ -101,7 +101,8 @@ static void finish(float *out, const float *o, float m, float l, const float *si
 }
 
 // Prompt rows: a thread takes a block of rows and a KV head through all parts.
-static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Worker &worker, float *mine, Pages pages) {
+static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Worker &worker, float *mine, Pages pages,
+                           bool in_parts) {
     const int size = rows_of_block(op), group = op.heads / op.kv_heads, d = op.head_dim;
     const int64_t blocks = (state.n_rows + size - 1) / size;
     worker.split(blocks * op.kv_heads, 1, [&](int64_t item, int64_t) {
@@ -111,13 +112,14 @@ static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Wo
         for (int begin = (int)from; begin < limit;) {
             Run run = make_run(op, state, begin, limit);
             begin = run.end;
-            Block block = block_in(mine, queries_of_block(op), d);
+            Block block;
+            block_in(block, mine, queries_of_block(op), d);
             load_block(block, op, state, run, kv_head);
             const int queries = block.rows * group;
             for (int i = 0; i < queries; i++) block.total_m[i] = LOWEST, block.total_l[i] = 0;
             memset(block.total, 0, sizeof(float) * (size_t)queries * d);
             for (int page = run.first; page < run.last;) {
-                const int end = part_end(run, page);
+                const int end = in_parts ? part_end(run, page) : run.last;
                 block.start();
                 pages(block, op.cache, *run.table, page, end, kv_head,
                       end < run.last ? k_of(op.cache, run.table->page[end], kv_head, d) : nullptr);
@@ -156,7 +158,8 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
     auto reduce = [&](const Place &p, const char *next_k) {
         const Run &run = runs[p.run];
         const int kv_head = (int)(p.item % op.kv_heads);
-        Block block = block_in(mine, queries_of_block(op), d);
+        Block block;
+        block_in(block, mine, queries_of_block(op), d);
         load_block(block, op, state, run, kv_head);
         block.start();
         pages(block, op.cache, *run.table, p.page, part_end(run, p.page), kv_head, next_k);
@@ -234,7 +237,10 @@ static void attend_decode(const kv_op_attend &op, const kv_state &state, kv::Wor
 void attend(const kv_op_attend &op, const kv_state &state, kv::Worker &worker) {
     float *scratch = (float *)worker.scratch, *mine = scratch + worker.thread * thread_floats(op);
     const Pages pages = pages_for(op.cache.k_dtype, op.cache.v_dtype);
-    if (state.prefill) attend_prefill(op, state, worker, mine, pages);
+#if defined(__AMX_BF16__)
+    if (state.prefill && tiles_fit(op)) return attend_prefill(op, state, worker, mine, attend_pages_tiles, false);
+#endif
+    if (state.prefill) attend_prefill(op, state, worker, mine, pages, true);
     else attend_decode(op, state, worker, mine, scratch + worker.threads * thread_floats(op), pages);
 }
 

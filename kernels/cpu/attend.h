@@ -20,42 +20,94 @@ struct Block {
     float softcap;
     const int32_t *pos;                    // [rows], ascending
     float *q;                              // [queries][head_dim], times scale (over softcap)
-    float *s;                              // [TILE][KV_PAGE] scores, then probabilities
+    float *s;                              // [queries of a pass][s_stride] scores, then probabilities
+    int64_t s_stride;
     float *o, *m, *l;                      // the part: [queries][head_dim], [queries], [queries]
     float *total, *total_m, *total_l;      // all parts so far
+    float *keep;                           // [queries]
+    uint16_t *q16, *p16, *tail;            // two terms of q and of the probabilities, and a piece of V; for tiles only
+    int64_t q_term, p_term;
 
     void start() {
         for (int i = 0; i < rows * group; i++) m[i] = LOWEST, l[i] = 0;
     }
 };
 
-static const int TILE = 12;                // most queries of one pass of the inner kernel
+static const int TILE = 12;                // most queries of one pass of the vector kernel
+#if defined(__AMX_BF16__)
+static const bool TILES = true;
+#else
+static const bool TILES = false;
+#endif
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-static inline int64_t block_floats(int queries, int head_dim) {
-    return 3 * padded((int64_t)queries * head_dim) + TILE * KV_PAGE + 4 * padded(queries);
+
+// Lays a block out from `at` on; returns the floats that it takes.
+static inline int64_t block_in(Block &b, float *at, int queries, int head_dim) {
+    const int64_t n = padded(queries), matrix = n * head_dim;
+    float *const begin = at;
+    auto take = [&](int64_t floats) {
+        float *p = at;
+        at += padded(floats);
+        return p;
+    };
+    b.s_stride = TILES && head_dim > KV_PAGE ? head_dim : KV_PAGE;
+    b.q = take(matrix);
+    b.o = take(matrix);
+    b.total = take(matrix);
+    b.s = take((TILES && n > TILE ? n : TILE) * b.s_stride);
+    b.m = take(n);
+    b.l = take(n);
+    b.total_m = take(n);
+    b.total_l = take(n);
+    b.keep = take(n);
+    b.q_term = matrix;
+    b.p_term = n * KV_PAGE;
+    b.q16 = (uint16_t *)take(TILES ? matrix : 0);
+    b.p16 = (uint16_t *)take(TILES ? b.p_term : 0);
+    b.tail = (uint16_t *)take(TILES ? 16 * head_dim : 0);
+    return at - begin;
 }
-static inline Block block_in(float *at, int queries, int head_dim) {
-    Block b{};
-    const int64_t matrix = padded((int64_t)queries * head_dim), vector = padded(queries);
-    b.q = at, at += matrix;
-    b.o = at, at += matrix;
-    b.total = at, at += matrix;
-    b.s = at, at += TILE * KV_PAGE;
-    b.m = at, at += vector;
-    b.l = at, at += vector;
-    b.total_m = at, at += vector;
-    b.total_l = at;
-    return b;
+static inline int64_t block_floats(int queries, int head_dim) {
+    Block b;
+    return block_in(b, nullptr, queries, head_dim);
+}
+
+// The rows of a block that see some slot of a page, and the slots that any of them sees.
+struct Seen {
+    int base, from, to, low, high;
+
+    int low_of(const Block &b, int row) const {
+        const int low = b.window ? b.pos[row] - b.window + 1 - base : 0;
+        return low > 0 ? low : 0;
+    }
+    int high_of(const Block &b, int row) const {
+        const int high = b.pos[row] - base + 1;
+        return high < KV_PAGE ? high : KV_PAGE;
+    }
+};
+static inline Seen seen_of(const Block &b, int base) {
+    Seen seen{base, 0, b.rows, 0, 0};
+    while (seen.from < seen.to && b.pos[seen.from] < base) seen.from++;
+    while (b.window && seen.to > seen.from && b.pos[seen.to - 1] - b.window + 1 > base + KV_PAGE - 1) seen.to--;
+    if (seen.from < seen.to) seen.low = seen.low_of(b, seen.from), seen.high = seen.high_of(b, seen.to - 1);
+    return seen;
+}
+
+// x in the lanes of block b of a page that are slots in [low, high), otherwise `other`.
+static inline f32x16 slots_inside(int b, int low, int high, f32x16 x, f32x16 other) {
+    if (16 * b >= low && 16 * b + 16 <= high) return x;
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const f32x16 t = load(lanes) + splat((float)(16 * b));
+    return select_less(t, splat((float)low), other, select_less(t, splat((float)high), x, other));
 }
 
 // Adds pages [page, end) of the table to the block's part. next_k: what will be read after them, or null.
 using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, const char *next_k);
 
-template <class K, class V>
-static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
-                         const char *next_k);
-
 }  // namespace KV_NS
 
 #include "attend_pages.h"
+#if defined(__AMX_BF16__)
+#include "attend_amx.h"
+#endif

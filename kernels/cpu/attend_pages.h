@@ -121,16 +121,6 @@ template <class F, class... Args> static inline void pass(int n, Args... args) {
 // Turns one query's scores of the slots [low, high) of a page into probabilities relative to the new maximum, zero
 // in the other slots of blocks [first, last); returns by how much what was summed before shrinks.
 static inline float softmax_page(float *s, int low, int high, int first_block, int last_block, float softcap, float &m, float &l) {
-    f32x16 iota;
-    {
-        static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        iota = load(lanes);
-    }
-    auto inside = [&](int b, f32x16 x, f32x16 otherwise) {
-        if (16 * b >= low && 16 * b + 16 <= high) return x;
-        const f32x16 t = iota + splat((float)(16 * b));
-        return select_less(t, splat((float)low), otherwise, select_less(t, splat((float)high), x, otherwise));
-    };
     f32x16 top = splat(m);
     for (int b = low / 16; b * 16 < high; b++) {
         f32x16 x = load(s + 16 * b);
@@ -138,14 +128,14 @@ static inline float softmax_page(float *s, int low, int high, int first_block, i
             x = splat(softcap) * tanh(x);
             store(s + 16 * b, x);
         }
-        top = max(top, inside(b, x, splat(LOWEST)));
+        top = max(top, slots_inside(b, low, high, x, splat(LOWEST)));
     }
     const float new_m = max(top);
     f32x16 sums = splat(0);
     for (int b = first_block; b < last_block; b++) {
         f32x16 p = splat(0);
         if (16 * b < high && 16 * b + 16 > low) {
-            p = inside(b, exp(load(s + 16 * b) - splat(new_m)), splat(0));
+            p = slots_inside(b, low, high, exp(load(s + 16 * b) - splat(new_m)), splat(0));
             sums = sums + p;
         }
         store(s + 16 * b, p);
@@ -171,44 +161,33 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
                          const char *next_k) {
     const int d = block.head_dim, group = block.group, blocks_v = d / 16;
     for (; page < end; page++) {
-        const int base = table.base[page];
-        // The rows that see some slot of this page, and the slots that any of them sees.
-        int from = 0, to = block.rows;
-        while (from < to && block.pos[from] < base) from++;
-        while (block.window && to > from && block.pos[to - 1] - block.window + 1 > base + KV_PAGE - 1) to--;
-        if (from == to) continue;
-        auto low_of = [&](int r) {
-            const int low = block.window ? block.pos[r] - block.window + 1 - base : 0;
-            return low > 0 ? low : 0;
-        };
-        auto high_of = [&](int r) {
-            const int high = block.pos[r] - base + 1;
-            return high < KV_PAGE ? high : KV_PAGE;
-        };
+        const Seen seen = seen_of(block, table.base[page]);
+        if (seen.from == seen.to) continue;
+        const int from = seen.from, to = seen.to;
         const auto *k = (const typename K::T *)k_of(cache, table.page[page], kv_head, d);
         const auto *v = (const typename V::T *)v_of(cache, table.page[page], kv_head, d);
         const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next_k;
         for (int i = from * group, n; i < to * group; i += n) {
             n = pass_of(to * group - i);
-            const int low = low_of(i / group), high = high_of((i + n - 1) / group);
+            const int low = seen.low_of(block, i / group), high = seen.high_of(block, (i + n - 1) / group);
             const int first_block = low / 16, last_block = (high + 15) / 16;
             const bool leads = i == from * group;     // the first pass brings the lines, so it asks for those to come
             pass<K>(n, k + (int64_t)first_block * d * 16, (int64_t)32, (int64_t)d * 16, last_block - first_block, 0, d / 2, false,
-                    (const float *)block.q + (int64_t)i * d, (int64_t)d, block.s + 16 * first_block, (int64_t)KV_PAGE,
+                    (const float *)block.q + (int64_t)i * d, (int64_t)d, block.s + 16 * first_block, block.s_stride,
                     (const float *)nullptr, leads ? (const char *)v : nullptr);
             float keep[TILE];
             for (int j = 0; j < n; j++) {
                 const int r = (i + j) / group;
                 const bool fresh = block.l[i + j] == 0;
-                keep[j] = softmax_page(block.s + j * KV_PAGE, low_of(r), high_of(r), first_block, last_block, block.softcap,
+                keep[j] = softmax_page(block.s + j * block.s_stride, seen.low_of(block, r), seen.high_of(block, r), first_block, last_block, block.softcap,
                                        block.m[i + j], block.l[i + j]);
                 if (fresh) memset(block.o + (int64_t)(i + j) * d, 0, sizeof(float) * (size_t)d);
             }
             pass<V>(n, v, (int64_t)d * 2, (int64_t)32, blocks_v, low / 2, high / 2, high % 2 != 0, (const float *)block.s,
-                    (int64_t)KV_PAGE, block.o + (int64_t)i * d, (int64_t)d, (const float *)keep, leads ? ahead : nullptr);
+                    block.s_stride, block.o + (int64_t)i * d, (int64_t)d, (const float *)keep, leads ? ahead : nullptr);
             if (blocks_v * 16 < d)
                 for (int j = 0; j < n; j++)
-                    odd_channels<V>(v, d, blocks_v * 16, low, high, block.s + j * KV_PAGE, block.o + (int64_t)(i + j) * d, keep[j]);
+                    odd_channels<V>(v, d, blocks_v * 16, low, high, block.s + j * block.s_stride, block.o + (int64_t)(i + j) * d, keep[j]);
         }
     }
 }
