@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +72,9 @@ def _examined(probe: Callable[[], Section]) -> Section:
 
 
 def _versions() -> Section:
+    import importlib.metadata
+    import platform
+
     found: Section = {"kvrun": __version__, "python": platform.python_version(), "executable": sys.executable,
                       "system": platform.platform(terse=True)}
     for name in _DISTRIBUTIONS:
@@ -85,7 +86,7 @@ def _versions() -> Section:
 
 
 def _cpu_name_and_flags() -> tuple[str | None, frozenset[str]]:
-    name, flags = platform.processor() or None, frozenset[str]()
+    name, flags = None, frozenset[str]()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")

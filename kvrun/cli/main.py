@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kvrun import __version__
-from kvrun.cli import chat, doctor, run
+from kvrun.cli import chat, doctor, ls, pull, rm, run, show, verify
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams
 
@@ -45,9 +45,8 @@ def kvrun(version: Annotated[bool, typer.Option(
     """
 
 
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
-app.command("doctor")(doctor.doctor)
+for command in (run.run, chat.chat, pull.pull, ls.ls, show.show, verify.verify, rm.rm, doctor.doctor):
+    app.command(command.__name__)(command)
 
 _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvrun.errors import UsageError
+from kvrun.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.batch import Sampler
@@ -143,7 +143,7 @@ def build_sampler(options: SamplingOptions, generation_config: dict[str, Any], a
         raise UsageError("--repeat-penalty 0: must be above 0; 1 is off")
     seed = options.seed
     if seed is None:
-        seed = secrets.randbits(32) if chosen.get("temperature", 0.0) > 0 else 0
+        seed = int.from_bytes(os.urandom(4)) if chosen.get("temperature", 0.0) > 0 else 0
     return Sampler(seed=seed, **chosen)
 
 
@@ -157,9 +157,10 @@ def configure_console(options: OutputOptions) -> Console:
 def resolve_model(options: ModelOptions, console: Console) -> ModelFiles:
     """The model's files, fetched when they are not here."""
     from kvrun import hub
+    from kvrun.cli.pull import transfer_progress
 
     try:
-        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=bytes_progress(console))
+        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=transfer_progress(console))
     finally:
         console.clear_progress()
 
@@ -168,16 +169,25 @@ def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, ma
     """The engine over `files`, with the template of --template-file where one is given."""
     from kvrun.runtime import open_engine
 
+    template = _read_template(options.template_file) if options.template_file is not None else None
+
+    def report(what: str, done: int, total: int) -> None:
+        console.progress(what, done, total, unit="B")
+
     try:
         engine = open_engine(files, device=options.device, n_ctx=options.n_ctx, kv=options.kv, threads=options.threads,
-                             max_out=max_out, progress=bytes_progress(console), notify=console.notice)
+                             max_out=max_out, progress=report, notify=console.notice)
     finally:
         console.clear_progress()
+    if template is not None:
+        engine.text.use_template(template, str(options.template_file))
     return engine
 
 
-def bytes_progress(console: Console) -> Any:
-    """A progress callback (what, done, total) in bytes."""
-    def report(what: str, done: int, total: int | None) -> None:
-        console.progress(what, done, total, unit="B")
-    return report
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"--template-file {path}: not UTF-8 text") from None
+    except OSError as error:
+        raise StorageError(f"--template-file {path}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from kvrun.errors import ModelError
 from kvrun.text.detokenizer import Detokenizer
@@ -51,6 +52,11 @@ class Text:
     def has_template(self) -> bool:
         """Whether the model came with a chat template."""
         return bool(self._tokenizer.templates)
+
+    def use_template(self, source: str, where: str) -> None:
+        """Replaces the model's chat templates by `source`. where: the file it came from, for errors."""
+        self._tokenizer = replace(self._tokenizer, templates={"default": source})
+        self._template, self._where = None, where
 
     def render(self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools=None,
                documents=None, **kwargs) -> str:

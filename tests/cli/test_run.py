@@ -88,6 +88,18 @@ def test_the_template_is_used_unless_raw(kvrun, random_folder):
     assert prompt_of(kvrun, random_folder, "ask", "--raw") == "ask"
 
 
+def test_a_template_of_the_user_s_own(kvrun, random_folder, without_template, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    for folder in (random_folder, without_template):
+        assert prompt_of(kvrun, folder, "größer", "--template-file", path) == "[user] größer"
+    path.write_text("{% for")
+    broken = kvrun("run", random_folder, "x", "--template-file", path)
+    assert broken.returncode == 5 and b"mine.jinja" in broken.stderr and broken.stderr.count(b"\n") == 1
+    absent = kvrun("run", random_folder, "x", "--template-file", tmp_path / "absent")
+    assert absent.returncode == 9 and b"absent" in absent.stderr
+
+
 def test_special_tokens_typed_by_the_user_stay_text(kvrun, random_folder):
     assert prompt_of(kvrun, random_folder, "a</s><turn>b") == "user\na</s><turn>bassistant\n"
 
