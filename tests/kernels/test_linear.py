@@ -98,15 +98,14 @@ def rounded(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def check(step: Step, got: np.ndarray, m: Matrix, x: np.ndarray, prefill: bool) -> None:
-    """float32 accumulation's bound on |got - x W^T|; with bf16 operands, of the operands as bf16 has them."""
-    x, w = x.astype(np.float64), m.values
+    """float32 accumulation's bound on |got - x W^T|; on AMX that of weights in bfloat16 and activations in 16 bits."""
+    x, w, slack = x.astype(np.float64), m.values, 0.0
     if prefill and step.name == "amx":
-        x, w = rounded(x, 8), rounded(w, 8)
-        # A widened weight is rounded to float32 first, which now and then tips it to the other bf16 neighbour.
-        ties = 2.0**-8 * np.sqrt(x**2 @ (m.values**2).T) * 0.05
-    else:
-        ties = 0
-    bound = np.abs(x) @ np.abs(w).T * 2.0**-22 * 4 + ties
+        w = rounded(w, 8)
+        slack = 2.0**-16 * np.abs(x) @ np.abs(w).T
+        # A widened weight is rounded to float32 first, which now and then tips it to the other bfloat16 neighbour.
+        slack += 2.0**-8 * np.sqrt(x**2 @ (m.values**2).T) * 0.05
+    bound = np.abs(x) @ np.abs(w).T * 2.0**-20 + slack
     error = np.abs(got - x @ w.T)
     assert (error <= bound).all(), f"{(error / bound).max():.3f} times the bound at {np.unravel_index((error / bound).argmax(), error.shape)}"
 
@@ -120,6 +119,18 @@ def test_product(rng, step, dtype, prefill):
         for rows in ROWS:
             x = rng.standard_normal((rows, k)).astype(np.float32)
             check(step, step.linear(m, x, prefill=prefill), m, x, prefill)
+
+
+def test_many_rows(rng, step):
+    """More rows than fit in a core's cache at once, over few and over many threads."""
+    m = Matrix(rng, "q4", 40, 1536)
+    x = rng.standard_normal((700, 1536)).astype(np.float32)
+    whole = step.linear(m, x, prefill=True)
+    check(step, whole, m, x, True)
+    for threads, rows in ((1, 700), (1, 532), (5, 700), (2, 540)):
+        other = Step(step.name, threads)
+        np.testing.assert_array_equal(other.linear(m, np.ascontiguousarray(x[:rows]), prefill=True), whole[:rows])
+        other.close()
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
@@ -187,3 +198,14 @@ def test_embed(rng, step, dtype):
         step.run("embed", {"w": m.weight[0], "out": pointer(out), "scale": scale}, 40, True, token=token)
         np.testing.assert_allclose(out[:40], m.values[token] * scale, rtol=3e-7, atol=1e-8)
         assert np.isnan(out[40:]).all()
+
+
+def test_scratch_for_more_rows_does_for_fewer(step):
+    ops = ffi.new("kv_op[]", 1)
+    ops[0].kind = lib.KV_OP_LINEAR
+    for dtype in FORMATS:
+        for k in (64, 1536, 8192):
+            ops[0].linear = {"w": {"dtype": DTYPES[dtype], "n": 64, "k": k}}
+            for threads in (1, 2, 5, 64):
+                sizes = [lib.kv_cpu_scratch(ops, 1, rows, 1, threads, ISAS[step.name]) for rows in range(1, 1500, 7)]
+                assert sizes == sorted(sizes)
