@@ -89,6 +89,8 @@ class _Reader:
                 raise config.error("layer_types", f"is not a list of {n_layers} times {FULL!r} or {SLIDING!r}")
             if rule in ("full", "all") and len(set(types)) > 1:
                 raise config.error("layer_types", f"mixes kinds, which {self.family.name} models do not")
+            if rule in ("upper", "nope") and SLIDING in types and not self.flag("use_sliding_window"):
+                raise config.error("layer_types", "has sliding layers, but use_sliding_window is false")
             if rule != "all":
                 return list(types)
         if rule == "pattern":

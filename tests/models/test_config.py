@@ -173,6 +173,13 @@ def test_bidirectional_and_windowless_configs_are_refused():
         load_spec(GEMMA3_1B | dict(sliding_window=None), "x")
 
 
+def test_contradicting_windows_are_refused():
+    with pytest.raises(ModelError, match="layer_types has sliding layers, but use_sliding_window is false"):
+        load_spec(QWEN25 | dict(layer_types=["sliding_attention"] * 24), "x")
+    with pytest.raises(ModelError, match="layer_types mixes kinds"):
+        load_spec(SMOLLM2 | dict(layer_types=["sliding_attention"] * 29 + ["full_attention"]), "x")
+
+
 def test_every_family_names_what_its_config_needs():
     """Each architecture refuses an empty config by its first missing key, not by a KeyError of its own table."""
     for architecture in families():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMON = dict(vocab_size=211, hidden_size=128, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=2, head_dim=64, max_position_embeddings=512, bos_token_id=1, eos_token_id=[2, 3],
-              pad_token_id=None, tie_word_embeddings=False)
+              pad_token_id=None, tie_word_embeddings=False, rms_norm_eps=0.02)
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 FACTORS = dict(short_factor=np.linspace(1, 2, 36).tolist(), long_factor=np.linspace(1.5, 9, 36).tolist())
 
@@ -66,8 +66,8 @@ CASES = {
     "olmo3": (tf.Olmo3Config, dict(hidden_size=256, num_hidden_layers=4, sliding_window=50, rope_parameters={
         "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "attention_factor": 1.2, **YARN},
         "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}})),
-    "granite": (tf.GraniteConfig, dict(hidden_size=256, embedding_multiplier=12.0, logits_scaling=8.0,
-                                       residual_multiplier=0.22, attention_multiplier=0.0078125)),
+    "granite": (tf.GraniteConfig, dict(hidden_size=256, embedding_multiplier=3.0, logits_scaling=8.0,
+                                       residual_multiplier=0.7, attention_multiplier=0.3)),
     "glm": (tf.GlmConfig, {}),
     "glm4-128": (tf.Glm4Config, dict(head_dim=128, num_key_value_heads=1)),
     "glm4-no-bias": (tf.Glm4Config, dict(attention_bias=False, **rope("default", partial_rotary_factor=0.25))),
