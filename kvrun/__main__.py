@@ -1,7 +1,17 @@
-"""python -m kvrun"""
+"""Entry of the command, also as python -m kvrun."""
 
+import signal
 import sys
 
-from kvrun.cli.main import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs the command. Until kvrun.cli.main is loaded and in charge, Ctrl-C ends the process without a trace."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from kvrun.cli.main import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

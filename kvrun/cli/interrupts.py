@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 @contextmanager
 def interrupts(engine: Engine) -> Iterator[None]:
     """While inside, the first SIGINT ends the answer after the step in progress, and a second one raises
-    KeyboardInterrupt."""
+    KeyboardInterrupt. A process that ignores SIGINT goes on ignoring it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+
     def handler(signum: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         engine.interrupt()

@@ -65,6 +65,8 @@ def main(args: list[str] | None = None) -> int:
     streams.guard_closed_streams()
     streams.utf8_text_streams()
     signal.signal(signal.SIGTERM, _on_sigterm)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup and shells' background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = _guarded(lambda: _dispatch(sys.argv[1:] if args is None else args))
     try:
         streams.flush_text_streams()

@@ -114,6 +114,7 @@ class Engine:
             draws = start + len(part) == len(job.ids) and job.max_tokens != 0
             out_rows = list(range(len(part))) if job.echo else [len(part) - 1] if draws else []
             drawn = self._step(part, job, prefill=True, out_rows=out_rows, draw=draws)
+            job.stats.prefilled_tokens += len(part)
             if job.echo:
                 self._read_prompt_logprobs(job, start, len(part))
             yield Prefill(len(self.tokens), len(job.ids), job.stats.cached_tokens)

@@ -44,12 +44,13 @@ class Notice:
 class Stats:
     """Counts and seconds of one generation.
 
-    cached_tokens: prompt tokens whose K and V were in the cache before. prefill_seconds: until the first token was
-    drawn. decode_steps: forward passes after it, which took decode_seconds.
+    cached_tokens: prompt tokens whose K and V were in the cache before. prefilled_tokens: those that were computed, in
+    prefill_seconds, which end when the first token is drawn. decode_steps: forward passes after it, in decode_seconds.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefilled_tokens: int = 0
     generated_tokens: int = 0
     decode_steps: int = 0
     prefill_seconds: float = 0.0
@@ -57,8 +58,8 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second, of those that had to be computed."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Computed prompt tokens a second."""
+        return self.prefilled_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:

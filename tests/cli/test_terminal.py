@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 
 import pytest
 
@@ -27,10 +26,6 @@ def terminal(environment):
     yield open_
     for screen in opened:
         screen.process.close(force=True)
-
-
-def unwrapped(screen: Screen) -> str:
-    return screen.display.replace("\n", "")
 
 
 def test_run_shows_what_a_terminal_would_execute(terminal, hostile):
@@ -63,8 +58,17 @@ def test_no_escape_on_a_dumb_or_colourless_terminal(terminal, random_folder):
     assert colored.end() == 3 and b"\x1b[1;31mkvrun: error:\x1b[0m" in colored.raw
 
 
+def test_ctrl_c_at_any_moment_of_the_start_shows_no_trace(terminal, random_folder, rng):
+    """From the first import to the first token."""
+    for _ in range(6):
+        screen = terminal("run", random_folder, "word " * 300, "-n", "100000", "--temp", "0")
+        screen.read(rng.uniform(0.02, 1.0))
+        screen.send("\x03")
+        assert screen.end() in (130, -signal.SIGINT) and "Traceback" not in screen.display, screen.display
+
+
 def test_ctrl_c_ends_run_with_130(terminal, endless):
-    screen = terminal("run", endless, "x", "-n", "100000", rows=1000)
+    screen = terminal("run", endless, "x", "-n", "100000")
     screen.wait_for("line 101")
     screen.send("\x03")
     assert screen.end() == 130 and "Traceback" not in screen.display
@@ -127,6 +131,17 @@ def test_ctrl_c_takes_back_a_line_and_twice_leaves(terminal, scripted):
     assert screen.end() == 0
 
 
+def test_a_pasted_text_of_many_lines_is_one_message(terminal, scripted):
+    screen = terminal("chat", scripted, "--stats")
+    screen.wait_prompt()
+    pasted = "".join(f"pasted {i}\n" for i in range(500))
+    screen.send(f"\x1b[200~{pasted}\x1b[201~")
+    screen.wait_for("pasted 499")
+    shown = screen.ask("", "Welt")
+    assert shown.count("Welt") == 1
+    assert int(re.findall(r"prompt (\d+) tok", shown)[0]) > len(pasted)
+
+
 def test_ctrl_d_leaves(terminal, scripted):
     screen = terminal("chat", scripted)
     screen.wait_prompt()
@@ -175,10 +190,10 @@ def test_typing_ahead_does_not_show_amid_the_answer(terminal, endless):
 def test_sigterm_ends_the_chat_with_143_and_a_sane_terminal(terminal, scripted, environment):
     shell = Screen(["bash", "--norc", "-i"], environment | {"PS1": "$ "})
     shell.wait_for("$")
-    shell.send(" ".join(KVRUN) + f" chat {scripted}; echo code $?; stty -a | grep -o ' [-]*echo '\r")
+    command = "exec " + " ".join(KVRUN) + f" chat {scripted}"
+    shell.send(f"bash -c 'echo pid=$$; {command}'; echo code $?; stty -a | grep -o ' [-]*echo '\r")
     shell.wait_prompt()
-    pid = int(subprocess.run(["pgrep", "-P", str(shell.process.pid), "-f", "kvrun chat"], capture_output=True, check=True).stdout.split()[0])
-    os.kill(pid, signal.SIGTERM)
+    os.kill(int(re.findall(r"pid=(\d+)", shell.display)[0]), signal.SIGTERM)
     shell.wait_for("code 143")
     shell.wait_for(" echo")
     assert "Traceback" not in shell.display
