@@ -7,7 +7,9 @@ namespace KV_NS {
 
 static inline int64_t blocks_of(const kv_weight &w) { return (w.n + KV_LANES - 1) / KV_LANES; }
 static inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
-static inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache: the first level has too few requests in flight to keep memory busy. A macro, since gcc
+// drops calls of a function that does nothing but prefetch.
+#define KV_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 
 // Stores y[rows][stride], the plain products of `rows` activation rows from `row` on with `blocks` weight blocks from
 // `block` on, as kv_op_linear says.

@@ -76,7 +76,7 @@ template <class W> static __attribute__((noinline)) void widen(const uint8_t *da
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i interleave = _mm512_load_si512(order);
     for (int64_t g = 0; g < groups; g++, data += W::UNIT, tiles += TILE) {
-        for (int64_t line = 0; line < W::UNIT; line += 64) prefetch(data + 2048 + line);
+        for (int64_t line = 0; line < W::UNIT; line += 64) KV_PREFETCH(data + 2048 + line);
         f32x16 step = splat(1.f), min = splat(0.f);
         if constexpr (W::SCALED) step = W::step(data);
         if constexpr (W::MIN) min = W::min(data);
@@ -169,7 +169,7 @@ void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
                 });
             }
             for (int64_t r = 0; r < height; r += 2 * KV_LANES, next += share) {
-                for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
+                for (int64_t line = 0; line < share; line += 64) KV_PREFETCH(next + line);
                 const char *a0 = tiles + (row + r) / KV_LANES * row_block_bytes + g * TERMS * TILE, *a1 = a0 + row_block_bytes;
                 const bool pair = r + KV_LANES < height;
                 auto run = count == 2 ? (pair ? multiply<2, 2> : multiply<1, 2>) : pair ? multiply<2, 1> : multiply<1, 1>;

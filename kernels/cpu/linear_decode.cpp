@@ -27,7 +27,7 @@ template <class W, int R> static KV_INLINE void dot(const uint8_t *block, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) total[r] = even[r] = odd[r] = zero;
     for (int64_t g = 0; g < groups; g++, block += W::UNIT, x += KV_GROUP) {
-        for (int64_t b = 0; b < W::UNIT; b += 64) prefetch(block + AHEAD + b);
+        for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(block + AHEAD + b);
         if constexpr (W::SCALED) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) even[r] = odd[r] = zero;
@@ -81,7 +81,7 @@ template <class W> static void decode(const kv_op_linear &op, int rows, kv::Work
                 sums[g] = sum(load(pass.x + g * KV_GROUP) + load(pass.x + g * KV_GROUP + 16));
         worker.split(blocks, grain, [&](int64_t begin, int64_t end) {
             const uint8_t *block = (const uint8_t *)op.w.data + begin * block_bytes;
-            for (int64_t b = 0; b < AHEAD; b += 64) prefetch(block + b);
+            for (int64_t b = 0; b < AHEAD; b += 64) KV_PREFETCH(block + b);
             for (int64_t b = begin; b < end; b++, block += block_bytes) {
                 int r = 0;
                 if constexpr (TILE >= 8) for (; r + 8 <= count; r += 8) tile<W, 8>(pass, block, b, r);

@@ -25,7 +25,7 @@ template <class W> static void widen(const uint8_t *data, int64_t groups, int bl
     for (int b = 0; b < blocks; b++) {
         float *to = panel + b * KV_LANES;
         for (int64_t g = 0; g < groups; g++, data += W::UNIT, to += KV_GROUP * stride) {
-            for (int64_t line = 0; line < W::UNIT; line += 64) prefetch(data + 4096 + line);
+            for (int64_t line = 0; line < W::UNIT; line += 64) KV_PREFETCH(data + 4096 + line);
             f32x16 step = splat(1.f), min = splat(0.f);
             if constexpr (W::SCALED) step = W::step(data);
             if constexpr (W::MIN) min = W::min(data);
