@@ -179,8 +179,8 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
             for (int j = 0; j < n; j++) {
                 const int r = (i + j) / group;
                 const bool fresh = block.l[i + j] == 0;
-                keep[j] = softmax_page(block.s + j * block.s_stride, seen.low_of(block, r), seen.high_of(block, r), first_block, last_block, block.softcap,
-                                       block.m[i + j], block.l[i + j]);
+                keep[j] = softmax_page(block.s + j * block.s_stride, seen.low_of(block, r), seen.high_of(block, r), first_block,
+                                       last_block, block.softcap, block.m[i + j], block.l[i + j]);
                 if (fresh) memset(block.o + (int64_t)(i + j) * d, 0, sizeof(float) * (size_t)d);
             }
             pass<V>(n, v, (int64_t)d * 2, (int64_t)32, blocks_v, low / 2, high / 2, high % 2 != 0, (const float *)block.s,

@@ -183,6 +183,11 @@ EXPORT void kv_cpu_close(kv_cpu *cpu) {
     if (cpu && !cpu->pool.forked()) delete cpu;
 }
 
+EXPORT int64_t kv_page_bytes(int32_t dtype, int32_t head_dim) {
+    if (dtype < KV_F32 || dtype > KV_BF16 || head_dim < 2 || head_dim % 2) return -1;
+    return (int64_t)KV_PAGE * head_dim * (dtype == KV_F32 ? 4 : 2);
+}
+
 EXPORT int64_t kv_cpu_scratch(const kv_op *ops, int32_t n_ops, int32_t max_rows, int32_t max_pages, int32_t threads,
                               int32_t isa) {
     const kv::Ops *table = kv::ops_of(isa);

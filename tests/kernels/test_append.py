@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from kvrun.backends.native import lib
+from kvrun.backends.native import DTYPES, lib
 
 from .plans import PAGE, Cache, floats, loaded, pointer, stored
 
@@ -122,3 +122,10 @@ def test_position_without_a_page_is_refused(machine, rng):
     for position in (0, 300):
         machine.run([case.op(cache)], pos=[position], tables=[[([0], [128])]], status=lib.KV_BAD_PLAN)
         assert (cache.memory == 0xFF).all()
+
+
+def test_page_bytes(rng):
+    for dtype in ("f32", "f16", "bf16"):
+        cache = Cache(1, 1, 80, dtype, dtype)
+        assert lib.kv_page_bytes(DTYPES[dtype], 80) == cache.head(0, 0, "k").nbytes == cache.head(0, 0, "v").nbytes
+    assert [lib.kv_page_bytes(DTYPES["q4_k"], 64), lib.kv_page_bytes(DTYPES["f32"], 63), lib.kv_page_bytes(DTYPES["f32"], 0)] == [-1] * 3
