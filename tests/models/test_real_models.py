@@ -4,8 +4,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
+from kvrun.text import load_text
 from kvrun.weights import open_source
 
 from .oracle import Reference, assert_close, expected_logits
@@ -14,27 +14,27 @@ PROSE = (Path(__file__).parents[1] / "data" / "alice.txt").read_text(encoding="u
 LENGTH = 700                # past Gemma's window of 512
 
 
-def oracle(path: Path):
-    """(token ids, logits) by transformers, which reads the GGUF file with its own code."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def oracle(path: Path, ids: list[int]):
+    """Logits by transformers, which reads the GGUF file with its own code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype="float32", attn_implementation="eager").eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     left = model.load_state_dict(tensors, strict=False)
     assert left.missing_keys == ["lm_head.weight"] and not left.unexpected_keys
     model.tie_weights()
-    ids = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(PROSE[:8000])["input_ids"][:LENGTH]
-    assert len(ids) == LENGTH
-    return ids, expected_logits(model, ids)
+    return expected_logits(model, ids)
 
 
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
 def real(request):
     """(ModelFiles, ids, logits by transformers)."""
     files = request.getfixturevalue(request.param)
-    return files, *oracle(files.path)
+    ids = load_text(files).encode(PROSE[:8000])[:LENGTH]
+    assert len(ids) == LENGTH
+    return files, ids, oracle(files.path, ids)
 
 
 def load(files, chunk: int) -> Reference:
