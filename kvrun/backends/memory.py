@@ -26,7 +26,8 @@ class Arena:
     def __init__(self, n_bytes: int, purpose: str) -> None:
         self.n_bytes = n_bytes
         try:
-            self._map = mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE))
+            # Python's default is shared memory, which gets no transparent huge pages: reads would run at 2/3 the speed.
+            self._map = mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise OutOfMemoryError(f"no memory for {purpose} ({n_bytes / 2**20:.0f} MiB): {error}") from None
         self.bytes = np.frombuffer(self._map, dtype=np.uint8)
