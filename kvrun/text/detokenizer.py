@@ -21,8 +21,8 @@ def _bytes_of() -> dict[str, int]:
 class Detokenizer:
     """Gives out text as soon as it is complete; the pieces joined are what decoding all ids at once gives.
 
-    That is the text of tokenizers' `decode`: a byte sequence that is no UTF-8 becomes U+FFFD, special tokens show nothing
-    unless `special`, and ids without a token show nothing. Constant work per id.
+    That is the text of tokenizers' `decode`: a byte sequence that is no UTF-8 becomes U+FFFD, special tokens show
+    nothing unless `special`, and ids without a token show nothing. Constant work per id.
 
     continued: the ids go on a text, so that a SentencePiece model's leading space is kept.
     """

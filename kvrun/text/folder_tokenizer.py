@@ -1,21 +1,24 @@
 """A tokenizer from a Hugging Face folder.
 
-tokenizer.json is taken as it is, by the tokenizers library; tokenizer_config.json and the older files beside it say what it
-leaves open: the names of special tokens, whether a BOS is added, and the chat template.
+tokenizer.json is taken as it is, by the tokenizers library; tokenizer_config.json and the older files beside it say
+what it leaves open: the names of special tokens, further ones, and the chat template.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from kvrun.errors import ModelError
 from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
 
 _MAX_JSON = 256 << 20           # the largest known tokenizer.json has about 35 MB
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+_SAMPLE = "a B\n 1é日🎉"         # encoded once, so that a tokenizer that panics does so while the model loads
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -38,7 +41,7 @@ def from_folder(folder: Path) -> Tokenizer:
     _add_tokens(library, path, config, older, names)
     decoder = library.get_added_tokens_decoder()
     special = {token.content: i for i, token in decoder.items() if token.special}
-    prefix = _prefix(library, path, config, names)
+    prefix = _prefix(library, path)
     ends = turn_ends(special)
     if (eos := library.token_to_id(names.get("eos_token", ""))) is not None:
         ends |= {eos}
@@ -86,11 +89,11 @@ def _add_tokens(library, path: Path, config: dict, older: dict, names: dict[str,
             if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
                 raise ModelError(f"{path.with_name('tokenizer_config.json')}: damaged: added token {key!r}")
             if library.token_to_id(content) is None:
-                flags = {flag: bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+                flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
                 library.add_tokens([AddedToken(content, **flags)])
                 if library.token_to_id(content) != int(key):
-                    raise ModelError(f"{path}: has no token {content!r}, which tokenizer_config.json gives the id {key}; "
-                                     "fetch both again")
+                    raise ModelError(f"{path}: has no token {content!r}, which tokenizer_config.json gives the id "
+                                     f"{key}; fetch both again")
     more = [*names.values()]
     for source in (config, older):
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -102,19 +105,17 @@ def _add_tokens(library, path: Path, config: dict, older: dict, names: dict[str,
                                 for content in dict.fromkeys(more) if library.token_to_id(content) is not None])
 
 
-def _prefix(library, path: Path, config: dict, names: dict[str, str]) -> tuple[int, ...]:
-    """What the tokenizer puts before a prompt: by add_bos_token if the config has it, else by the post-processor."""
-    add_bos = config.get("add_bos_token")
-    if isinstance(add_bos, bool):
-        bos = library.token_to_id(names.get("bos_token", ""))
-        return (bos,) if add_bos and bos is not None else ()
-    # What it puts behind (an EOS of a T5, say) would end a prompt, and is left out.
-    def probe():
-        bare = library.encode("a", add_special_tokens=False).ids
-        whole = library.encode("a").ids
+def _prefix(library, path: Path) -> tuple[int, ...]:
+    """What the file's post-processor puts before a prompt. What it puts behind (an EOS of a T5, say) would end the
+    prompt, and is left out. tokenizer_config.json's add_bos_token counts for nothing beside a tokenizer.json, as in
+    transformers 5."""
+    def probe() -> tuple[int, ...]:
+        bare = library.encode(_SAMPLE, add_special_tokens=False).ids
+        whole = library.encode(_SAMPLE).ids
+        library.decode(whole)
         at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)
         return tuple(whole[:at])
-    return _guarded(path, probe)
+    return _guarded(path, probe, starting=True)
 
 
 def _decoding(library, path: Path) -> Decoding:
@@ -125,7 +126,8 @@ def _decoding(library, path: Path) -> Decoding:
         return Decoding(byte_level=True)
     if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0].get("pattern") == {"String": "\u2581"}:
         strips = steps[3:]
-        if steps[0]["content"] == " " and all(s["type"] == "Strip" and s["content"] == " " and not s["stop"] for s in strips):
+        at_start = all(s["type"] == "Strip" and s["content"] == " " and not s["stop"] for s in strips)
+        if steps[0]["content"] == " " and at_start:
             return Decoding(byte_level=False, strip=sum(s["start"] for s in strips))
     raise ModelError(f"{path}: decoder {' + '.join(map(str, kinds))} is not supported; "
                      "kvrun reads byte-level and SentencePiece ones")
@@ -174,37 +176,50 @@ def _content(token) -> str | None:
 
 
 def _guarded(path: Path, call: Callable, starting: bool = False):
-    """The call's result. What the library raises, a panic of its Rust side included, becomes a ModelError."""
+    """The call's result. What the library raises, a panic of its Rust side included, becomes a ModelError.
+
+    starting: Rust's own account of a panic is kept off standard error as well.
+    """
     try:
-        with _silent_stderr() if starting else _as_it_is():
+        with _held_stderr() if starting else nullcontext():
             return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as e:          # pyo3's PanicException is no Exception
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+    except Exception as e:
+        raise _unusable(path, e) from None
+    except BaseException as e:
+        if not _is_panic(e):
             raise
-        raise ModelError(f"{path}: the tokenizer cannot be used: {' '.join(str(e).split())[:300]}; "
-                         "fetch it again") from None
+        raise _unusable(path, e) from None
+
+
+def _is_panic(e: BaseException) -> bool:
+    return type(e).__name__ == "PanicException"         # of pyo3_runtime, which cannot be imported; no Exception
+
+
+def _unusable(path: Path, e: BaseException) -> ModelError:
+    reason = " ".join(str(e).split())[:300]
+    return ModelError(f"{path}: the tokenizer cannot be used: {reason}; fetch it again")
 
 
 @contextmanager
-def _as_it_is():
-    yield
-
-
-@contextmanager
-def _silent_stderr():
-    """Rust writes the story of a panic to descriptor 2 itself; the error raised says enough."""
+def _held_stderr():
+    """Holds back what is written to descriptor 2; it comes out at the end, unless a panic ends it."""
     try:
         kept = os.dup(2)
     except OSError:                     # no standard error
         yield
         return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as e:
+            panicked = _is_panic(e)
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            if not panicked:
+                held.seek(0)
+                if data := held.read():
+                    os.write(2, data)

@@ -40,8 +40,8 @@ def from_gguf(metadata: Mapping, where: str) -> Tokenizer:
         raise ModelError(f"{where}: the vocabulary is empty (tokenizer.ggml.tokens)")
     if types and len(types) != len(tokens):
         raise ModelError(f"{where}: damaged: {len(tokens)} tokens with {len(types)} types")
-    special = {tokens[i]: i for i, t in enumerate(types) if t in (_CONTROL, _UNKNOWN) and not _FILLER.fullmatch(tokens[i])}
-    user = {tokens[i]: i for i, t in enumerate(types) if t == _USER and tokens[i] and not _FILLER.fullmatch(tokens[i])}
+    special, user = ({tokens[i]: i for i, t in enumerate(types) if t in kinds and not _FILLER.fullmatch(tokens[i])}
+                     for kinds in ((_CONTROL, _UNKNOWN), (_USER,)))
     names, at = {}, {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("sep", "seperator"),
                       ("eot", "eot"), ("eom", "eom")):
@@ -51,7 +51,7 @@ def from_gguf(metadata: Mapping, where: str) -> Tokenizer:
             user.pop(tokens[i], None)
     rstrip = _strips_after(metadata)
     added = {token: Added(i, True, rstrip(token)) for token, i in special.items() if token}
-    added.update((token, Added(i, False, rstrip(token))) for token, i in user.items())
+    added.update((token, Added(i, False, rstrip(token))) for token, i in user.items() if token)
     if kind == "gpt2":
         encoder, decoding, add_bos = _byte_level(meta, tokens, added)
     else:
@@ -146,7 +146,8 @@ def _sentencepiece(meta: _Metadata, tokens: list[str], types: list[int], added: 
                    unk: int | None) -> tuple[LazyBpe, Decoding, bool]:
     scores = meta.numbers("scores")
     if len(scores) != len(tokens) or not types:
-        raise ModelError(f"{meta.where}: damaged: {len(tokens)} tokens with {len(scores)} scores and {len(types)} types")
+        raise ModelError(f"{meta.where}: damaged: {len(tokens)} tokens with {len(scores)} scores "
+                         f"and {len(types)} types")
     # Converters write Gemma's runs of spaces as spaces; its SentencePiece model has U+2581 there, as everywhere.
     ids = {token.replace(" ", _SPACE): i for i, token in enumerate(tokens)}
     for token in [t for t in added if " " in t]:

@@ -1,14 +1,14 @@
 """Keeps special tokens that a user types text.
 
-A chat template writes special tokens as strings between the messages, so after rendering nothing tells `<|im_end|>` in a
-message from the template's own. So before rendering, each special-token string inside the conversation is replaced by a
-private-use character; after it, the special tokens still in the text are the template's.
+A chat template writes special tokens as strings between the messages, so after rendering nothing tells `<|im_end|>` in
+a message from the template's own. So before rendering, each special-token string inside the conversation is replaced
+by a private-use character; after it, the special tokens still in the text are the template's.
 
-Some models' turn markers are not marked special in their tokenizer. So tokens that the template spells out count as well, except
-in what the assistant said: there, <think> or <tool_call> are its own.
+Some models' turn markers are not marked special in their tokenizer. So tokens that the template spells out count as
+well, except in what the assistant said: there, <think> or <tool_call> are its own.
 
-Limits: a template that looks for such a string inside a message (to cut reasoning out of a user's text, say) does not find
-it, and one that measures, slices or sorts a message sees one character where several were typed.
+Limits: a template that looks for such a string inside a message (to cut reasoning out of a user's text, say) does not
+find it, and one that measures, slices or sorts a message sees one character where several were typed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Guard:
         return (replaced, *(_replace(other, everything, mark) for other in others))
 
     def split(self, rendered: str) -> tuple[str, dict[str, str], frozenset[str]]:
-        """Arguments for Encoder.encode_marked: the rendered text with the typed strings put back and the template's own tokens as
-        stand-in characters."""
+        """Arguments for Encoder.encode_marked: the rendered text with the typed strings put back and the template's
+        own tokens as stand-in characters."""
         present = _present(self._special | self._spelled, [rendered])
         stand_ins = dict(zip(self._free(len(present)), present))
         back = {token: char for char, token in stand_ins.items()}

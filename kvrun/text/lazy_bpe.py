@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 _SHORT = 16       # tokens up to this many characters are looked up by stretch of text, the few longer ones searched for
 
+_KEEP = 10_000    # pieces; building a BPE of so many takes about 20 ms
+
 
 @dataclass(frozen=True)
 class Added:
@@ -46,8 +48,10 @@ class LazyBpe:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """See Encoder."""
         known, present = self._pieces(text)
-        # What earlier texts needed is kept, so that a conversation does not rebuild for every turn.
         if self._built is None or not (known <= self._known and present.keys() <= self._present.keys()):
+            # What earlier texts needed is kept for the next turn of a conversation, up to a point.
+            if len(self._known) > _KEEP:
+                self._known, self._present = set(self._always), {}
             self._known |= known
             self._present |= present
             self._built = self._build(self._known, self._present, {})
@@ -67,8 +71,8 @@ class LazyBpe:
         present = {token: spec for token, spec in self.added.items() if token in text}
         forms = [self._normalize(text)]
         if self._prefix:
-            cut = re.split("|".join(map(re.escape, sorted(present, key=len, reverse=True))), text) if present else [text]
-            forms += [self._prefix + self._normalize(part) for part in cut]
+            either = "|".join(map(re.escape, sorted(present, key=len, reverse=True))) or "(?!)"
+            forms += [self._prefix + self._normalize(part) for part in re.split(either, text)]
         found: set[str] = set()
         for form in forms:
             for size in range(1, min(_SHORT, len(form)) + 1):

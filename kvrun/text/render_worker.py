@@ -1,13 +1,15 @@
 """The process that renders chat templates. Runs as a script, by itself: standard library and jinja2 only.
 
 A chat template is a program from the internet. Jinja's sandbox keeps it from reaching Python, but not from running for
-ever or from filling memory ('x' * 10**9 is folded while the template is compiled). The system can: this process has a limit on its
-memory, an alarm on its time, no files to write, and no environment. template.py starts it and talks to it.
+ever or from filling memory ('x' * 10**9 is folded while the template is compiled). The system can: this process has a
+limit on its memory, an alarm on its time, no files to write, and no environment. template.py starts it and talks to
+it.
 
 Frames, both ways: 8 bytes little-endian length, then JSON. Request: {"source", "variables"}. Answer: {"text"} or
-{"error": kind, "message"}; kinds: "refused" (the template raised), "failed" (it could not be carried out), "broken" (it is no template).
+{"error": kind, "message"}; kinds: "refused" (the template raised), "failed" (it could not be carried out), "broken"
+(it is no template).
 
-Argument: JSON of {"path": sys.path, "memory": bytes of address space, "seconds": a request may take}.
+Argument: JSON of {"path": sys.path, "memory": bytes of address space, "seconds": of computing a request may take}.
 """
 
 import json
@@ -31,6 +33,13 @@ def _limit(memory: int) -> None:
                 resource.setrlimit(limit, (value, value))
             except (ValueError, OSError):
                 pass            # macOS refuses RLIMIT_AS
+
+
+def _alarm(seconds: float) -> None:
+    """Ends this process after so many seconds of computing; 0 calls that off. Computing, not waiting: a busy machine
+    must not make a good template look bad, and a template cannot wait."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _environment():
@@ -145,14 +154,12 @@ def main() -> None:
     compiled: dict = {}
     while True:
         request = json.loads(_read(int.from_bytes(_read(8), "little")))
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, setup["seconds"])      # should kvrun be gone when time is up
+        _alarm(setup["seconds"])
         try:
             answer = json.dumps(_answer(env, compiled, request)).encode()
         except MemoryError:
             answer = b'{"error": "failed", "message": "it wants too much memory"}'
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _alarm(0)
         _write(len(answer).to_bytes(8, "little") + answer)
         del request, answer
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 class StopStrings:
     """Finds the first of several strings in text that comes in pieces of any size.
 
-    Holds back only what could be the beginning of a stop string. The text of a stop string is never given out; of two that end at
-    once the longer wins, which is the one that began earlier.
+    Holds back only what could be the beginning of a stop string. The text of a stop string is never given out; of two
+    that end at once the longer wins, which is the one that began earlier.
     """
 
     def __init__(self, stops: list[str]):

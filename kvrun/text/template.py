@@ -1,8 +1,9 @@
 """Chat templates: a conversation as the string a model was trained on.
 
-Rendered as transformers' apply_chat_template does, in a process of its own (render_worker.py) with limits that hold: a time
-limit inside one process cannot stop a template in the middle of one long call, and nothing inside it can take memory back.
-That process starts in the background while the weights load; measured, it costs the main thread about 3 ms.
+Rendered as transformers' apply_chat_template does, in a process of its own (render_worker.py) with limits that hold: a
+time limit inside one process cannot stop a template in the middle of one long call, and nothing inside it can take
+memory back. That process starts in the background while the weights load; measured, it costs the main thread about 3
+ms.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import atexit
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,8 @@ from pathlib import Path
 
 from kvrun.errors import ModelError
 
-_SECONDS = 1.5              # for one rendering; an ordinary one takes a few milliseconds
+_SECONDS = 1.0              # of computing for one rendering; the slowest known template takes 0.1, most take 0.01
+_PATIENCE = 15.0 if hasattr(signal, "setitimer") else 1.5       # seconds to wait for it, should the machine be busy
 _START_SECONDS = 30.0       # for the process to answer its first request, on a machine that is busy
 _MEMORY = 256 << 20         # address space
 _MAX_TEXT = 64 << 20        # bytes of a rendered conversation
@@ -40,8 +43,8 @@ def choose(templates: Mapping[str, str], tools, where: str) -> str:
         return templates["default"]
     if len(templates) == 1:
         return next(iter(templates.values()))
-    raise ModelError(f"{where}: the model has the chat templates {', '.join(sorted(templates))} and none named default; "
-                     "choose one with --template-file")
+    raise ModelError(f"{where}: the model has the chat templates {', '.join(sorted(templates))} and none named "
+                     "default; choose one with --template-file")
 
 
 class ChatTemplate:
@@ -56,11 +59,11 @@ class ChatTemplate:
                **variables) -> str:
         """The conversation as text. variables: further names for the template; bos_token and its like among them.
 
-        TemplateError: it raised. ModelError: it is no template, or went over its limits (1.5 s, 256 MiB, 64 MiB of text).
+        TemplateError: it raised. ModelError: it is no template, or went over its limits (1 s, 256 MiB, 64 MiB of text).
         """
         # A key that says nothing is the same as none: many templates would print "None" (transformers drops them too).
-        said = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in _plain(list(messages))]
-        variables |= {"messages": [_with_reasoning(m) for m in said],
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables |= {"messages": [_with_reasoning(message) for message in _plain(said)],
                       "tools": _plain(tools), "documents": _plain(documents),
                       "add_generation_prompt": add_generation_prompt}
         answer = _worker.ask({"source": self.source, "variables": _plain(variables)})
@@ -94,7 +97,7 @@ class _Worker:
     def _start(self) -> None:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
-        setup = {"path": [p for p in sys.path if p], "memory": _MEMORY, "seconds": _SECONDS + 1}
+        setup = {"path": [p for p in sys.path if p], "memory": _MEMORY, "seconds": _SECONDS}
         # What a template must not see is not there; TZ is for strftime_now, the rest lets the interpreter start.
         keep = ("TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
         try:
@@ -112,20 +115,15 @@ class _Worker:
         data = json.dumps(request).encode()
         with self._lock:
             self._start()
-            deadline = time.monotonic() + (_SECONDS if self._answered else _START_SECONDS)
+            deadline = time.monotonic() + _START_SECONDS
             try:
                 if not self._answered:
                     # An empty template first: starting up is not the template's time.
                     self._exchange(json.dumps({"source": "", "variables": {}}).encode(), deadline)
                     self._answered = True
-                    deadline = time.monotonic() + _SECONDS
-                return json.loads(self._exchange(data, deadline))
-            except TimeoutError:
-                self.kill()
-                return {"error": "failed", "message": f"it runs longer than {_SECONDS} s"}
-            except OSError as e:
-                self.kill()
-                return {"error": "failed", "message": str(e)}
+                return json.loads(self._exchange(data, time.monotonic() + _PATIENCE))
+            except (TimeoutError, OSError) as e:
+                return {"error": "failed", "message": self._why(e)}
             except BaseException:
                 self.kill()         # an answer left in the pipe would be taken for the next one
                 raise
@@ -152,7 +150,7 @@ class _Worker:
                         continue
                     part = os.read(source, 1 << 20)
                     if not part:
-                        raise OSError("its process ended (out of memory, or stopped by the system)")
+                        raise BrokenPipeError
                     got += part
                     if want == 8 and len(got) >= 8:
                         want = 8 + int.from_bytes(got[:8], "little")
@@ -160,6 +158,18 @@ class _Worker:
                             raise OSError(f"it makes more than {_MAX_TEXT >> 20} MiB of text")
                     if want > 8 and len(got) >= want:
                         return bytes(got[8:want])
+
+    def _why(self, error: OSError) -> str:
+        """What became of a request that got no answer; the process is gone after it."""
+        process = self._process
+        ended = isinstance(error, BrokenPipeError)
+        code = process.wait() if ended else None
+        self.kill()
+        if isinstance(error, TimeoutError) or (ended and code == -getattr(signal, "SIGPROF", 0)):
+            return f"it runs longer than {_SECONDS} s"
+        if ended:
+            return "the process that renders it ended; it wants too much memory, or was stopped"
+        return str(error)
 
     def kill(self) -> None:
         process, self._process = self._process, None

@@ -16,8 +16,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 class Text:
     """The tokenizer and chat template of one model.
 
-    eos_ids: ids that end an answer, from generation_config, config and tokenizer together. special_ids: ids whose text is not shown.
-    vocab_size: ids run from 0 to below it; the model's embedding may have more rows.
+    eos_ids: ids that end an answer, from generation_config, config and tokenizer together. special_ids: ids whose text
+    is not shown. vocab_size: ids run from 0 to below it; the model's embedding may have more rows.
     """
 
     def __init__(self, files):
@@ -98,7 +98,7 @@ class Text:
         return Detokenizer(self._tokenizer, special, continued)
 
     def token_text(self, id: int) -> str:
-        """The text of one token by itself, special tokens included; bytes that are no whole character show as U+FFFD."""
+        """The text of one token by itself, special tokens included; bytes that make no character show as U+FFFD."""
         one = self.detokenizer(special=True, continued=True)
         return one.push(id) + one.flush()
 

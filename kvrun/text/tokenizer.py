@@ -18,8 +18,8 @@ class Encoder(Protocol):
     def encode_marked(self, text: str, stand_ins: dict[str, str], plain: Set[str]) -> list[int]:
         """Like encode, for text in which characters stand for tokens.
 
-        stand_ins: character -> the added token it stands for. plain: added tokens that stay text where they are spelled out, as all
-        special ones do.
+        stand_ins: character -> the added token it stands for. plain: added tokens that stay text where they are
+        spelled out, as all special ones do.
         """
 
 
@@ -27,8 +27,9 @@ class Encoder(Protocol):
 class Decoding:
     """How pieces become text.
 
-    byte_level: pieces are spelled in GPT-2's alphabet of 256 characters, one a byte. Otherwise they are SentencePiece's:
-    U+2581 for a space, <0xXX> for a byte. strip: leading spaces of the whole text that the encoder put there.
+    byte_level: pieces are spelled in GPT-2's alphabet of 256 characters, one a byte. Otherwise they are
+    SentencePiece's: U+2581 for a space, <0xXX> for a byte. strip: leading spaces of the whole text that the encoder
+    put there.
     """
 
     byte_level: bool
