@@ -49,6 +49,8 @@ class Family:
     fused, gguf_fused: "qkv" and "gate_up" -> the one tensor that holds those rows one after the other.
     gguf: `general.architecture` names. gguf_permuted: q and k rows are stored in interleaved order.
     gguf_norm_add: what to add to norm weights read from GGUF.
+    own_code: the makers' checkpoints still name code of their own in auto_map, for transformers from before it knew the
+    family; kvrun computes the same without it. Elsewhere auto_map is refused: what its code changes cannot be known.
     nested: the key of the language model's part of the config of a model with more parts; layer_prefix likewise.
     """
 
@@ -81,6 +83,7 @@ class Family:
     interleaved: bool = False
     nope: bool = False
     rope_aliases: dict[str, str] = field(default_factory=dict)
+    own_code: bool = False
 
     gguf: tuple[str, ...] = ()
     gguf_fused: dict[str, str] = field(default_factory=dict)

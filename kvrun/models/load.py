@@ -19,13 +19,13 @@ MAX_VOCAB = 2**24
 def find_family(config: dict, where: str) -> tuple[str, Family]:
     """The architecture that a config names, and its family. ModelError: unknown, quantized, or bringing its own code."""
     top = Config(config, where)
-    if top.has("auto_map"):
-        raise top.error("auto_map", "asks for code from the model's repository, which kvrun never runs; "
-                        "use a version of the model without it")
     names = top.items("architectures")
     if not names or type(names[0]) is not str:
         raise top.error("architectures", "is not a list of names")
     known = families()
+    if top.has("auto_map") and not (names[0] in known and known[names[0]].own_code):
+        raise top.error("auto_map", "asks for code from the model's repository, which kvrun never runs; "
+                        "use a version of the model without it")
     if names[0] not in known:
         raise top.error("architectures", f"{show(names[0])} is not known (known: {', '.join(sorted(known))})")
     family = known[names[0]]

@@ -166,6 +166,13 @@ def test_what_is_no_config_is_refused(config):
         load_spec(config, "config.json")
 
 
+def test_own_code_is_ignored_where_kvrun_has_its_own():
+    """Phi-3 checkpoints still name their code; it is never run, so they load as if they did not. Others are refused."""
+    auto_map = dict(auto_map=dict(AutoModelForCausalLM="modeling_phi3.Phi3ForCausalLM"))
+    name = next(n for n, c in CONFIGS.items() if c["architectures"] == ["Phi3ForCausalLM"])
+    assert load_spec(CONFIGS[name] | auto_map, "x") == load_spec(CONFIGS[name], "x")
+
+
 def test_bidirectional_and_windowless_configs_are_refused():
     with pytest.raises(ModelError, match="use_bidirectional_attention"):
         load_spec(GEMMA3_1B | dict(use_bidirectional_attention=True), "x")

@@ -9,6 +9,7 @@ FAMILIES = (
         defaults={"rope_theta": 10000.0, "tie_word_embeddings": False},
         fused={"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
         windows="all", partial=True, rope_aliases={"su": "longrope", "yarn": "longrope"},
+        own_code=True,
         gguf=("phi3",), gguf_fused={"qkv": "attn_qkv", "gate_up": "ffn_up"},
     ),
 )
