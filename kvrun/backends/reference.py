@@ -69,9 +69,12 @@ class LayerPages:
 
     def load(self, pages: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of every slot of `pages`, float32 [kv_heads][slots][head_dim]."""
-        k = self.k[pages].permute(1, 0, 2, 4, 3, 5).flatten(4).flatten(1, 3)
-        v = self.v[pages].permute(1, 0, 2, 4, 3).flatten(1, 3)
-        return k.float(), v.float()
+        def float32(values: torch.Tensor) -> torch.Tensor:
+            return torch.empty(values.shape).copy_(values)
+
+        k = float32(self.k[pages].permute(1, 0, 2, 4, 3, 5))
+        v = float32(self.v[pages].permute(1, 0, 2, 4, 3))
+        return k.flatten(4).flatten(1, 3), v.flatten(1, 3)
 
 
 class ReferenceExecutor:
@@ -192,8 +195,9 @@ class ReferenceExecutor:
             visible = slot_pos <= pos[:, None]                                     # [R][slots]
             if window:
                 visible &= pos[:, None] - slot_pos < window
-            # Slots that no row sees may hold anything, NaN too: leave them out before any arithmetic.
-            used = visible.any(dim=0)
+            # Slots past the newest token may hold anything, NaN too: leave them out before any arithmetic.
+            seen = visible.any(dim=0).nonzero()
+            used = slice(int(seen[0]), int(seen[-1]) + 1)
             k, v = (t[:, used] for t in self._layers[cache].load(list(tables[s].pages)))   # [kv_heads][S][head_dim]
             q = self._rows(qkv)[mine, : heads * head_dim].reshape(-1, kv_heads, heads // kv_heads, head_dim)
             scores = torch.einsum("rgjd,gsd->gjrs", q, k)
