@@ -6,9 +6,11 @@ No tensor and no byte of memory is in sight here; pool.py has the memory, the ke
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 
 from kvrun.backends.batch import PageTable
 from kvrun.backends.plan import CacheGroup
+from kvrun.cache.evict import Policy
 from kvrun.cache.formats import PAGE
 from kvrun.errors import ContextFullError
 
@@ -73,32 +75,102 @@ class _GroupPages:
         self.free.give(self.pages.pop())
         self.base.pop()
 
-    def can_rewind(self, length: int) -> bool:
-        """Whether a row at position `length` would find every position it may see."""
+    def drop(self, bases: set[int]) -> None:
+        """Gives these pages back, wherever they are; those that it does not own are no matter."""
+        held = list(zip(self.pages, self.base, strict=True))
+        self.pages[:] = array("i", (page for page, base in held if base not in bases))
+        self.base[:] = array("i", (base for _, base in held if base not in bases))
+        for page, base in held:
+            if base in bases:
+                self.free.give(page)
+
+    def holds(self, position: int) -> bool:
+        """Whether the page of `position` is here."""
+        base = position // PAGE * PAGE
+        at = bisect_left(self.base, base)
+        return at < len(self.base) and self.base[at] == base
+
+    def can_rewind(self, length: int, evicted: set[int]) -> bool:
+        """Whether a row at position `length` would follow the one before it, and find every position it may see but
+        for those on evicted pages."""
+        if length == 0:
+            return True
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
-        return length == 0 or (bool(self.base) and self.base[0] <= oldest_seen)
+        seen = range(oldest_seen // PAGE * PAGE, length, PAGE)
+        return self.holds(length - 1) and all(base in evicted or self.holds(base) for base in seen)
 
 
 class Sequence:
-    """One token sequence in a page pool: `length` positions hold (or are about to hold) K and V.
+    """One token sequence in a page pool: positions 0 to length-1 have (or are about to have) K and V, but for those on
+    evicted pages, which leave holes.
 
-    Pages of a sliding group that have left the window stay until the group needs them, so that a short rewind works.
+    n_ctx: the most tokens that are held at a time. Pages of a sliding group that have left the window stay until the
+    group needs them, so that a short rewind works.
     """
 
     def __init__(self, groups: tuple[CacheGroup, ...], free: list[FreeList], n_ctx: int) -> None:
         self.n_ctx = n_ctx
         self.length = 0
+        self.keep = 0
+        self._policy: Policy | None = None
+        self._turns: list[int] = []
+        self._evicted: set[int] = set()
         self._groups = [_GroupPages(g.window, f) for g, f in zip(groups, free, strict=True)]
+        # The group that says what a full context holds: one that sees everything, else the one that sees the most.
+        self._lead = next((g for g in self._groups if not g.window), max(self._groups, key=lambda g: g.window))
 
-    def extend(self, n: int) -> None:
-        """Makes room for n more tokens. ContextFullError, with nothing changed, when n_ctx or the pool ends."""
+    def evict_with(self, policy: Policy, keep: int) -> None:
+        """From now on a full context gives up pages instead of ending. policy: one of cache.evict. keep: the first
+        tokens that stay, as pinned_tokens gives them."""
+        self._policy = policy
+        self.keep = keep
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a full context gives up pages."""
+        return self._policy is not None
+
+    @property
+    def held(self) -> int:
+        """Positions whose K and V are in the cache."""
+        base = self._lead.base
+        return (len(base) - 1) * PAGE + self.length - base[-1] if base else 0
+
+    def lost_before(self, n: int) -> int:
+        """Positions that a row at n would see, had they not been evicted."""
+        oldest_seen = max(0, n - self._lead.window + 1) if self._lead.window else 0
+        return PAGE * sum(oldest_seen < base + PAGE and base < n for base in self._evicted)
+
+    def holds(self, position: int) -> bool:
+        """Whether K and V of `position` are in the cache."""
+        return 0 <= position < self.length and self._lead.holds(position)
+
+    def begin_turn(self) -> None:
+        """A turn of a conversation begins at the next position; a policy may give up turns as a whole."""
+        if not self._turns or self._turns[-1] != self.length:
+            self._turns.append(self.length)
+
+    def most_rows(self, wanted: int) -> int:
+        """How many of `wanted` tokens one `extend` takes: those that are free, or half of what may go, so that the
+        other half, just said, is there to be seen."""
+        if self._policy is None:
+            return wanted
+        return min(wanted, max(self.n_ctx - self.held, (self.n_ctx - self.keep) // 2))
+
+    def extend(self, n: int) -> list[int]:
+        """Makes room for n more tokens, at most `most_rows`. Returns the positions of the pages evicted for it.
+        ContextFullError, with nothing changed, when n_ctx or the pool ends and nothing may be evicted."""
         end = self.length + n
-        if end > self.n_ctx:
+        if self._policy is None and end > self.n_ctx:
             raise ContextFullError(f"{end} tokens do not fit into the context of {self.n_ctx}; use a larger --n-ctx")
-        needs = [(g, g.missing(end), g.dead(self.length)) for g in self._groups]
-        if any(missing > len(g.free) + dead for g, missing, dead in needs):
+        evicted = self._choose(end)
+        drops = [(g, g.missing(end), *self._drops(g, end, evicted)) for g in self._groups]
+        if any(missing > len(g.free) + dead + len(dropped) for g, missing, dead, dropped in drops):
             raise ContextFullError(f"no free cache page for {n} more tokens at position {self.length}")
-        for group, missing, _ in needs:
+        for group, missing, _, dropped in drops:
+            if dropped:
+                group.drop(dropped)
+                self._evicted |= dropped
             while len(group.free) < missing:
                 group.drop_oldest()
             for _ in range(missing):
@@ -106,17 +178,48 @@ class Sequence:
                 group.pages.append(group.free.take())
                 group.base.append(base)
         self.length = end
+        return evicted
+
+    def _choose(self, end: int) -> list[int]:
+        """The pages that the leading group gives up so that positions up to end-1 fit."""
+        if self._policy is None:
+            return []
+        lead = self._lead
+        dead = lead.dead(self.length)
+        need = lead.missing(end) - len(lead.free) - dead
+        if not lead.window:
+            need = max(need, -(-(self.held + end - self.length - self.n_ctx) // PAGE))
+        if need <= 0:
+            return []
+        bases = lead.base[dead:]
+        evicted = self._policy(bases, bisect_left(bases, self.keep), need, self._turns)
+        if len(evicted) < need:
+            raise ContextFullError(f"{end - self.length} more tokens at position {self.length} need {need} pages, and "
+                                   f"{len(evicted)} may be dropped")
+        return evicted
+
+    def _drops(self, group: _GroupPages, end: int, evicted: list[int]) -> tuple[int, set[int]]:
+        """How many of a group's oldest pages are out of its window, and which others it gives up: those that the leading
+        group gives up; a sliding group only where it has no other page, then also those given up before."""
+        if group is self._lead or not group.window:
+            return group.dead(self.length), set(evicted)
+        dead = group.dead(self.length)
+        short = max(0, group.missing(end) - len(group.free) - dead)
+        gone = (base for base in group.base[dead:-1] if base in evicted or not self._lead.holds(base))
+        return dead, {base for base, _ in zip(gone, range(short), strict=False)}
 
     def truncate(self, n: int) -> bool:
-        """Rewinds to the first n tokens. False, with nothing changed, when a sliding group has already given up a
-        page that the next row would see: the caller must then clear and prefill again."""
+        """Rewinds to the first n tokens. False, with nothing changed, when the page of the last of them was evicted, or
+        a sliding group has given up a page that the next row would see: the caller must then clear and prefill again."""
         if n > self.length:
             raise ValueError(f"cannot truncate a sequence of {self.length} tokens to {n}")
-        if not all(g.can_rewind(n) for g in self._groups):
+        if not all(g.can_rewind(n, self._evicted) for g in self._groups):
             return False
         for group in self._groups:
             while group.base and group.base[-1] >= n:
                 group.drop_newest()
+        self._evicted = {base for base in self._evicted if base < n}
+        del self._turns[bisect_left(self._turns, n + 1 if n else 0):]
         self.length = n
         return True
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Generator, Iterator, Sequence as Items
+from array import array
+from collections.abc import Generator, Iterable, Iterator, Sequence as Items
 from typing import TYPE_CHECKING
 
 from kvrun.backends.batch import Batch, Sampler
-from kvrun.engine.events import Event, Notice, Prefill, Stats, Stop, Token, TokenLogprob
+from kvrun.cache.evict import POLICIES, pinned_tokens, spans
+from kvrun.cache.formats import PAGE
+from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stats, Stop, Token, TokenLogprob
 from kvrun.errors import ContextFullError, UsageError
 
 if TYPE_CHECKING:
@@ -17,11 +21,15 @@ if TYPE_CHECKING:
     from kvrun.text import Text
 
 
+_GONE = -1
+
+
 class Engine:
     """One model, one sequence in its cache.
 
-    tokens: the ids whose K and V are in the cache. They agree with the cache whenever no step is running, also after
-    an interrupt, an error, or a generation that was not read to its end.
+    tokens: the ids that were read and said, in order. Their K and V are in the cache, but for those that a full context
+    dropped where `evict` was called. They agree with the cache whenever no step is running, also after an interrupt, an
+    error, or a generation that was not read to its end.
     """
 
     def __init__(self, spec: ModelSpec, executor: Executor, sequence: Sequence, text: Text, n_ctx: int,
@@ -34,15 +42,34 @@ class Engine:
         self.n_ctx = n_ctx
         self.chunk = chunk
         self.tokens: list[int] = []
+        # Where each of `tokens` lies in the sequence: its own index, until the trained length was reached and what was
+        # held was read again from position 0.
+        self._at = array("i")
+        self._limit = n_ctx
+        self._news: list[Eviction] = []
         self._interrupted = False
         self._running: Generator[Event, None, None] | None = None
+
+    def evict(self, policy: str, keep: int = 0, *, limit: int | None = None) -> None:
+        """From now on a full context drops pages instead of ending. policy: a name of cache.evict.POLICIES. keep: how
+        many of the first tokens stay, rounded up to pages, of which one always stays. limit: positions that can be used
+        before what is held is read again from position 0; None is the trained length. UsageError when too little of
+        n_ctx is left to move."""
+        self.sequence.evict_with(POLICIES[policy], pinned_tokens(keep, self.n_ctx))
+        self._limit = max(limit or self.spec.n_positions, self.n_ctx)
+
+    @property
+    def held(self) -> int:
+        """How many tokens have their K and V in the cache."""
+        return self.sequence.held
 
     def generate(self, ids: Items[int], *, sampler: Sampler | None = None, max_tokens: int | None = None,
                  stop: Items[str] = (), logprobs: int = 0, echo: bool = False, continued: bool = False) -> Iterator[Event]:
         """Continues the prompt `ids`; the last event is a Stop.
 
         What the prompt shares with the front of the cache is not computed again, except the last prompt token, whose
-        logits are needed. sampler: None is greedy. max_tokens: None is until the model stops or n_ctx is full.
+        logits are needed. sampler: None is greedy. max_tokens: None is until the model stops or, unless it drops pages, the
+        context is full.
         stop: strings that end the answer and are not part of it. logprobs: how many alternatives come with each
         token's log-probability (0: neither). echo: prompt_logprobs in the Stop, for which the whole prompt is
         computed. continued: the answer goes on the prompt's text, so a leading space belongs to it (SentencePiece).
@@ -52,7 +79,7 @@ class Engine:
         ids = list(ids)
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
-        if len(ids) > self.n_ctx:
+        if len(ids) > self.n_ctx and not self.sequence.evicts:
             raise ContextFullError(f"the prompt has {len(ids)} tokens and the context holds {self.n_ctx}; "
                                    "shorten the prompt or use a larger --n-ctx")
         if max_tokens is not None and max_tokens < 0:
@@ -75,12 +102,13 @@ class Engine:
             self._running.close()
             self._running = None
         self.executor.close()
-        self.tokens = []
+        self.tokens, self._at = [], array("i")
 
     def _generate(self, job: _Job) -> Generator[Event, None, None]:
         started = time.perf_counter()
         notice = self._keep_common_prefix([] if job.echo else job.ids)
-        job.stats.cached_tokens = len(self.tokens)
+        self.sequence.begin_turn()
+        job.stats.cached_tokens = self.held
         if notice:
             yield Notice(notice)
         drawn = yield from self._prefill(job)
@@ -97,19 +125,36 @@ class Engine:
             if mine != wanted:
                 break
             shared += 1
-        if self.sequence.truncate(shared):
-            del self.tokens[shared:]
+        if self._rewind(shared):
             return None
         self._clear()
-        return (f"reading the whole prompt again: the sliding window has moved past token {shared}, "
-                "where it begins to differ from what the cache holds")
+        why = "what came before was dropped" if self.sequence.evicts else "the sliding window has moved on"
+        return (f"reading the whole prompt again: it differs from what the cache held from token {shared} on, and {why}")
+
+    def _rewind(self, n: int) -> bool:
+        """Takes the cache back to the first n of `tokens`. False, with nothing changed, where it no longer holds what
+        came just before, or where less than half a context would be left of what was once there."""
+        if n == 0:
+            self._clear()
+            return True
+        if n < len(self.tokens) or self._at[-1] == _GONE:
+            length = self._at[n - 1] + 1
+            left = length - self.sequence.lost_before(length)
+            if not length or left < min(n, self.n_ctx // 2) or not self.sequence.truncate(length):
+                return False
+            del self.tokens[n:], self._at[n:]
+        return True
 
     def _prefill(self, job: _Job) -> Generator[Event, None, int | None]:
         """Runs the prompt. Returns the first drawn token; None when interrupted or when none is wanted."""
-        rows = min(self.chunk, self.executor.plan.max_out) if job.echo else self.chunk
+        most = min(self.chunk, self.executor.plan.max_out) if job.echo else self.chunk
         drawn: list[int] = []
         while len(self.tokens) < len(job.ids) and not self._interrupted:
             start = len(self.tokens)
+            rows = self.sequence.most_rows(min(most, len(job.ids) - start))
+            yield from self._stay_in_range(rows, job)
+            if self._interrupted:
+                break
             part = job.ids[start : start + rows]
             draws = start + len(part) == len(job.ids) and job.max_tokens != 0
             out_rows = list(range(len(part))) if job.echo else [len(part) - 1] if draws else []
@@ -117,6 +162,7 @@ class Engine:
             job.stats.prefilled_tokens += len(part)
             if job.echo:
                 self._read_prompt_logprobs(job, start, len(part))
+            yield from self._announce(job)
             yield Prefill(len(self.tokens), len(job.ids), job.stats.cached_tokens)
         return drawn[-1] if drawn and not self._interrupted else None
 
@@ -143,35 +189,87 @@ class Engine:
             if self._interrupted:
                 reason = "interrupt"
                 break
-            if len(self.tokens) == self.n_ctx:
+            if self.sequence.length == self.n_ctx and not self.sequence.evicts:
                 reason = "context"
+                break
+            yield from self._stay_in_range(1, job)
+            if self._interrupted:
+                reason = "interrupt"
                 break
             drawn = self._step([drawn], job, prefill=False, out_rows=[0], draw=True)[0]
             job.stats.decode_steps += 1
+            yield from self._announce(job)
         else:
             reason = "eos"
         text, stopped = stops.push(detokenizer.flush())
         return ("stop", text) if stopped else (reason, text + stops.flush())
 
-    def _step(self, part: list[int], job: _Job, *, prefill: bool, out_rows: list[int], draw: bool) -> list[int]:
-        """Runs rows at the end of the cache. Whatever interrupts it, `tokens` and the cache agree afterwards."""
-        first = len(self.tokens)
-        self.sequence.extend(len(part))
+    def _step(self, part: list[int], job: _Job, *, prefill: bool, out_rows: list[int], draw: bool,
+              again: list[int] | None = None) -> list[int]:
+        """Runs rows at the end of the cache. again: which of `tokens` they are, when they are computed anew; None: they
+        follow the last. Whatever interrupts it, `tokens` and the cache agree afterwards."""
+        first, said = self.sequence.length, len(self.tokens)
+        positions = range(first, first + len(part))
+        evicted = self.sequence.extend(len(part))
+        if evicted:
+            self._news.append(Eviction(spans(evicted, PAGE), PAGE * len(evicted), "n_ctx"))
         try:
             drawn = self.executor.step(Batch(
-                tokens=part, positions=list(range(first, first + len(part))),
-                tables=[[table] for table in self.sequence.tables()], prefill=prefill, out_rows=out_rows,
-                sampler=job.sampler if draw else None, recent=list(job.seen)))
-            self.tokens += part
+                tokens=part, positions=list(positions), tables=[[table] for table in self.sequence.tables()],
+                prefill=prefill, out_rows=out_rows, sampler=job.sampler if draw else None, recent=list(job.seen)))
+            if again is None:
+                self.tokens += part
+                self._at.extend(positions)
+            else:
+                self._move(again, positions)
         except BaseException:
-            if not self.sequence.truncate(len(self.tokens)):
+            del self.tokens[said:], self._at[said:]
+            self._move(again or (), itertools.repeat(_GONE))
+            if not self.sequence.truncate(first):
                 self._clear()
             raise
         return drawn
 
+    def _move(self, indices: Iterable[int], positions: Iterable[int]) -> None:
+        for index, position in zip(indices, positions, strict=False):
+            self._at[index] = position
+
+    def _announce(self, job: _Job) -> Generator[Event, None, None]:
+        """Tells and counts what was dropped since the last time."""
+        news, self._news = self._news, []
+        job.stats.evictions += news
+        yield from news
+
+    def _stay_in_range(self, rows: int, job: _Job) -> Generator[Event, None, None]:
+        """Where `rows` more would pass the last position that the model was trained for, what is held (at most what
+        leaves half of the range free) is read again as a text of its own: its keys cannot be used at other positions."""
+        if not self.sequence.evicts or self.sequence.length + rows <= self._limit:
+            return
+        keep = self.sequence.keep
+        held = [index for index, position in enumerate(self._at) if self.sequence.holds(position)]
+        n_head = sum(self._at[index] < keep for index in held)
+        from_ = max(n_head, len(held) - (self._limit - keep) // 2)
+        dropped, kept = held[n_head:from_], held[:n_head] + held[from_:]
+        if dropped:
+            where = spans(self._at[index] for index in dropped)
+            self._news.append(Eviction(where, len(dropped), "n_positions"))
+        self.sequence.clear()
+        self._move(range(len(self._at)), itertools.repeat(_GONE))
+        yield Notice(f"position {self._limit} is the last that the model was trained for: reading the {len(kept)} tokens "
+                     "that are held again, from position 0")
+        yield from self._announce(job)
+        for start in range(0, len(kept), self.chunk):
+            if self._interrupted:
+                return
+            part = kept[start : start + self.chunk]
+            self._step([self.tokens[index] for index in part], job, prefill=True, out_rows=[], draw=False, again=part)
+            job.stats.reread_tokens += len(part)
+            yield Prefill(start + len(part), len(kept), 0)
+
     def _clear(self) -> None:
-        self.sequence.truncate(0)
+        self.sequence.clear()
         self.tokens.clear()
+        del self._at[:]
 
     def _logprob(self, row: int, index: int, token: int, k: int) -> TokenLogprob:
         from kvrun.engine.logprobs import token_logprob

@@ -35,9 +35,22 @@ class Token:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user must be told (a re-prefill, a dropped page)."""
+    """Something the user must be told (a re-prefill)."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """K and V that were dropped. positions: half-open ranges, as they were counted then. tokens: how many that is.
+
+    reason: "n_ctx" (the context was full) or "n_positions" (the trained length was reached, and what is held was read
+    again, as a shorter text).
+    """
+
+    positions: tuple[tuple[int, int], ...]
+    tokens: int
+    reason: str
 
 
 @dataclass
@@ -46,6 +59,7 @@ class Stats:
 
     cached_tokens: prompt tokens whose K and V were in the cache before. prefilled_tokens: those that were computed, in
     prefill_seconds, which end when the first token is drawn. decode_steps: forward passes after it, in decode_seconds.
+    reread_tokens: those computed again because the trained length was reached. evictions: what was dropped.
     """
 
     prompt_tokens: int = 0
@@ -55,6 +69,13 @@ class Stats:
     decode_steps: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    reread_tokens: int = 0
+    evictions: list[Eviction] = field(default_factory=list)
+
+    @property
+    def evicted_tokens(self) -> int:
+        """Tokens whose K and V were dropped."""
+        return sum(eviction.tokens for eviction in self.evictions)
 
     @property
     def prefill_rate(self) -> float:
@@ -80,4 +101,4 @@ class Stop:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
-Event = Prefill | Token | Notice | Stop
+Event = Prefill | Token | Notice | Eviction | Stop

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvrun.backends.plan import CacheGroup
+from kvrun.cache.evict import POLICIES, pinned_tokens, window
 from kvrun.cache.formats import PAGE
 from kvrun.cache.pages import FreeList, Sequence, pages_needed
 from kvrun.errors import ContextFullError
@@ -86,3 +87,85 @@ def test_short_rewind_of_a_sliding_group_needs_no_prefill() -> None:
     assert seq.truncate(2200)
     assert not seq.truncate(10)
     assert seq.length == 2200
+
+
+POLICY = st.sampled_from(sorted(POLICIES))
+
+
+@given(st.integers(0, 2**32), st.integers(3 * PAGE, 3000), st.integers(1, 600), POLICY,
+       st.lists(st.sampled_from([0, 1, 100, 128, 129, 512, 1500]), min_size=1, max_size=3))
+def test_random_lives_with_eviction(seed: int, n_ctx: int, chunk: int, policy: str, windows: list[int]) -> None:
+    rng = random.Random(seed)
+    chunk = min(chunk, n_ctx)
+    seq, free, groups = make(n_ctx, chunk, windows)
+    keep = pinned_tokens(rng.randint(0, n_ctx - 3 * PAGE), n_ctx)
+    seq.evict_with(POLICIES[policy], keep)
+    evicted: set[int] = set()                       # what was told
+    for _ in range(80):
+        if rng.random() < 0.1:
+            seq.begin_turn()
+        if rng.random() < 0.85:
+            rows = seq.most_rows(rng.choice([1, rng.randint(1, chunk), chunk]))
+            assert rows > 0
+            first = seq.length
+            now = seq.extend(rows)                  # there is always room
+            assert not set(now) & evicted and all(keep <= base < first - first % PAGE for base in now)
+            evicted |= set(now)
+            check_with_holes(seq, free, groups, first, evicted, keep, chunk)
+        else:
+            n = seq.length - min(seq.length, rng.choice([0, 1, rng.randint(0, 400), rng.randint(0, seq.length)]))
+            before = [(list(t.pages), list(t.base)) for t in seq.tables()]
+            if seq.truncate(n):
+                assert seq.length == n and not n or (n - 1) // PAGE * PAGE not in evicted
+                evicted = {base for base in evicted if base < n}
+                assert all(b < n for t in seq.tables() for b in t.base)
+                if n:
+                    check_with_holes(seq, free, groups, n, evicted, keep, chunk)
+            else:
+                assert n > 0 and before == [(list(t.pages), list(t.base)) for t in seq.tables()]
+    seq.clear()
+    assert all(len(f) == f.n_pages for f in free) and seq.held == 0
+
+
+def check_with_holes(seq: Sequence, free: list[FreeList], groups: list[CacheGroup], first: int, evicted: set[int],
+                     keep: int, chunk: int) -> None:
+    """The invariants of a step whose rows begin at `first`: as in `check`, but for what was told to be evicted."""
+    for table, f, group in zip(seq.tables(), free, groups, strict=True):
+        assert sorted([*table.pages, *f._free]) == list(range(f.n_pages)), "every page is owned once"
+        assert list(table.base) == sorted(set(table.base)) and all(b % PAGE == 0 for b in table.base)
+        lowest = max(0, first - group.window + 1) if group.window else 0
+        seen = set(range(lowest // PAGE * PAGE, seq.length, PAGE))
+        assert seen - set(table.base) <= evicted, "a page is missing that nobody was told of"
+        if not group.window:
+            assert not set(table.base) & evicted
+            assert set(range(0, min(keep, seq.length), PAGE)) <= set(table.base), "the first pages stay"
+            assert seq.held == seq.length - PAGE * len(evicted) <= seq.n_ctx
+            assert (seq.length - 1) // PAGE * PAGE in table.base
+            assert first % PAGE == 0 or first < PAGE or (first - 1) // PAGE * PAGE in table.base
+        elif f.n_pages == pages_needed(group, 10**9, chunk):
+            assert seen <= set(table.base), "a window that has its pages loses none"
+
+
+@pytest.mark.parametrize("windows", [[0], [512, 0], [512]])
+def test_a_life_of_many_contexts(windows: list[int]) -> None:
+    """What is held stays bounded and full; nothing is taken but the pages of the start."""
+    seq, free, groups = make(1024, 256, windows)
+    seq.evict_with(window, PAGE)
+    for _ in range(100 * 1024):
+        seq.extend(1)
+    assert seq.length == 102400
+    if 0 in windows:
+        assert 1024 - PAGE < seq.held <= 1024
+        assert list(seq.tables()[windows.index(0)].base) == [0, *range(102400 - 7 * PAGE, 102400, PAGE)]
+    assert all(len(t.pages) + len(f) == f.n_pages for t, f in zip(seq.tables(), free, strict=True))
+
+
+def test_no_rewind_into_a_hole() -> None:
+    seq, _, _ = make(1024, 256, [0])
+    seq.evict_with(window, PAGE)
+    for _ in range(8):
+        seq.extend(256)
+    assert list(seq.tables()[0].base)[:2] == [0, 1152]
+    assert not seq.truncate(1152) and not seq.truncate(129)
+    assert seq.lost_before(1200) == 1024
+    assert seq.truncate(1153) and seq.truncate(128) and seq.lost_before(128) == 0
