@@ -6,17 +6,17 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvrun.cache.formats import resolve_kv
-from kvrun.cache.planner import MemoryPlan, available_memory, cache_bytes, check_fits
+from kvrun.blueprint import Blueprint, Shape
+from kvrun.cache.planner import available_memory, check_fits
 from kvrun.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvrun.backends.executor import Executor
+    from kvrun.backends.plan import Plan
+    from kvrun.cache.pool import Pool
     from kvrun.engine import Engine
     from kvrun.hub.files import ModelFiles
     from kvrun.text import Text
-
-DEFAULT_N_CTX = 8192
-"""n_ctx when neither the user nor the alias says: this, or the trained length where that is less."""
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)"""
@@ -66,18 +66,20 @@ def choose_device(device: str, notify: Callable[[str], None]) -> str:
     raise UsageError(f"--device {device}: choose auto, cpu, cuda or reference")
 
 
-def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | None = None, kv: str = "f16",
+def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | str | None = None, kv: str = "f16",
                 threads: int | None = None, max_out: int = 1, prefill_chunk: int = 512,
                 progress: Progress | None = None, notify: Callable[[str], None] = lambda text: None) -> Engine:
     """An Engine over the model in `files`, with everything allocated.
 
-    n_ctx: tokens of context; None is the alias' value, else min(trained length, 8192). kv: cache format.
-    max_out: rows of a step that can give logits. notify: told what the user must know. Errors: ModelError, OutOfMemoryError, UsageError.
+    n_ctx: tokens of context; "max" is what fits; None is the alias' value, else min(trained length, 8192). kv: cache
+    format. max_out: rows of a step that can give logits. notify: told what the user must know. Errors: ModelError,
+    OutOfMemoryError, UsageError.
     """
     device = choose_device(device, notify)
     text = _Background(lambda: _load_text(files))
     try:
-        return _open(files, text, device, n_ctx, kv, threads, max_out, prefill_chunk, progress)
+        with Blueprint(files, Shape(device, threads, max_out, prefill_chunk)) as blueprint:
+            return _open(blueprint, text, n_ctx, kv, progress, notify)
     except BaseException:
         text._thread.join()  # let it end before its error or result is dropped
         raise
@@ -89,89 +91,52 @@ def _load_text(files: ModelFiles) -> Text:
     return load_text(files)
 
 
-def _open(files: ModelFiles, text: _Background, device: str, n_ctx: int | None, kv: str, threads: int | None,
-          max_out: int, prefill_chunk: int, progress: Progress | None) -> Engine:
-    from kvrun.cache.pool import Pool
+def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv: str, progress: Progress | None,
+          notify: Callable[[str], None]) -> Engine:
     from kvrun.engine import Engine
-    from kvrun.models import build_plan, check_tensors, load_spec, tensor_refs
-    from kvrun.weights import open_source
 
-    where = str(files.path)
-    spec = load_spec(files.config, where)
-    n_ctx = n_ctx or files.n_ctx or min(spec.n_positions, DEFAULT_N_CTX)
-    if n_ctx < 1:
-        raise UsageError(f"--n-ctx {n_ctx}: must be at least 1")
-    if n_ctx > spec.n_positions:
-        raise UsageError(f"--n-ctx {n_ctx}: {files.name} was trained for {spec.n_positions} positions; use at most that")
-    spec = load_spec(files.config, where, n_ctx=n_ctx)
-    formats = resolve_kv(kv, spec.dtype)
-    if prefill_chunk < 1 or max_out < 1:
-        raise UsageError("the prefill chunk and the number of output rows must be at least 1")
-    chunk = min(prefill_chunk, n_ctx)
-    plan = build_plan(spec, max_rows=max(chunk, max_out), max_out=max_out)
-    source = open_source(files)
+    n_ctx = blueprint.choose_n_ctx(wanted, kv)
+    if wanted == "max":
+        notify(f"n_ctx {n_ctx}" + (", the trained length" if n_ctx == blueprint.spec.n_positions else ", the largest that fits"))
+    plan = blueprint.plan(n_ctx)
+
+    def report(done: int, total: int) -> None:
+        if progress:
+            progress("loading", done, total)
+
+    check_fits(blueprint.planner(kv), n_ctx, available_memory())
+    executor, pool = (_open_reference if blueprint.shape.device == "reference" else _open_cpu)(blueprint, plan, n_ctx, kv, report)
     try:
-        refs = tensor_refs(spec, files.config, files.kind)
-        check_tensors(spec, refs, source)
-
-        def report(done: int, total: int) -> None:
-            if progress:
-                progress("loading", done, total)
-
-        def pool() -> Pool:
-            return Pool(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=formats)
-
-        def cache_plan(weights: int, workspace: Callable[[int], int]) -> Callable[[int], MemoryPlan]:
-            def plan_for(n: int) -> MemoryPlan:
-                return MemoryPlan(n, weights, cache_bytes(plan.groups, n_ctx=n, chunk=plan.max_rows, kv=formats), workspace(n))
-            return plan_for
-
-        if device == "reference":
-            weights = 4 * sum(w.n * w.k for w in plan.weights)
-            check_fits(cache_plan(weights, lambda n: plan.buffer_bytes()), n_ctx, available_memory())
-            from kvrun.backends.reference import ReferenceExecutor
-
-            memory = pool()
-            executor = ReferenceExecutor(plan, source, refs, memory)
-        else:
-            executor, memory = _open_cpu(plan, source, refs, pool, cache_plan, n_ctx, threads, report)
-    finally:
-        source.close()
-    try:
-        return Engine(spec, executor, memory.sequence(), text.result(), n_ctx=n_ctx, chunk=chunk)
+        return Engine(blueprint.spec, executor, pool.sequence(), text.result(), n_ctx=n_ctx,
+                      chunk=min(blueprint.shape.prefill_chunk, n_ctx))
     except BaseException:
         executor.close()
         raise
 
 
-def _open_cpu(plan, source, refs, make_pool, cache_plan, n_ctx, threads, report):
-    """The CPU executor and its pool, after the memory check."""
-    from kvrun.backends.cpu import CpuExecutor, best_isa, default_threads, scratch_bytes
-    from kvrun.backends.memory import Arena
-    from kvrun.cache.formats import PAGE
-    from kvrun.weights import load
+def make_pool(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str) -> Pool:
+    """The cache's memory: blueprint.memory(kv, n_ctx).cache bytes."""
+    from kvrun.cache.pool import Pool
 
-    threads = default_threads() if threads is None else threads
-    if not 1 <= threads <= 256:
-        raise UsageError(f"--threads {threads}: must be from 1 to 256")
-    packed = load.layout(plan, source, refs)
-    n_weights = load.weight_bytes(packed)
+    return Pool(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=blueprint.formats(kv))
 
-    def workspace(n: int) -> int:
-        return plan.buffer_bytes() + scratch_bytes(plan, max_pages=-(-n // PAGE), threads=threads, isa=best_isa())
 
-    check_fits(cache_plan(n_weights, workspace), n_ctx, available_memory())
-    cache = _Background(make_pool)  # clearing the cache's memory goes on beside reading the weights
-    arena = None
+def _open_reference(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+    from kvrun.backends.reference import ReferenceExecutor
+
+    pool = make_pool(blueprint, plan, n_ctx, kv)
+    return ReferenceExecutor(plan, blueprint.source, blueprint.refs, pool), pool
+
+
+def _open_cpu(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+    from kvrun.backends.cpu import CpuExecutor
+    from kvrun.weights.loaded import LoadedWeights
+
+    cache = _Background(lambda: make_pool(blueprint, plan, n_ctx, kv))  # clearing its memory goes on beside reading the weights
     try:
-        arena = Arena(n_weights, "the weights")
-        load.pack(packed, arena, source, refs, threads, report)
-        vectors = {v.name: load.read_vector(v, source, refs) for v in plan.vectors}
+        weights = LoadedWeights.read(blueprint.packed, plan, blueprint.source, blueprint.refs, blueprint.threads, report)
     except BaseException:
         cache.result().close()
         raise
-    weights = {p.weight.name: (arena.address + p.offset, p.dtype) for p in packed}
-    memory = cache.result()
-    return CpuExecutor(plan, weights, vectors, memory, threads=threads, owned=(arena,)), memory
-
-
+    pool = cache.result()
+    return CpuExecutor(plan, weights.matrices, weights.vectors, pool, threads=blueprint.threads, owned=(weights,)), pool

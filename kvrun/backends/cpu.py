@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from kvrun.backends.memory import Arena, aligned
 from kvrun.backends.native import DTYPES, ISAS, ffi, lib
 from kvrun.backends.plan import Buffer, CacheRef, Plan, Table, Vector, Weight
 from kvrun.errors import KvrunError, NumericError, UsageError
+
+if TYPE_CHECKING:
+    from kvrun.weights.loaded import LoadedWeights
 
 
 def default_threads() -> int:
@@ -40,15 +44,21 @@ def scratch_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str) -> int:
     return lib.kv_cpu_scratch(ops, len(plan.ops), plan.max_rows, max_pages, threads, ISAS[isa])
 
 
+def work_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str | None = None) -> int:
+    """Bytes of a CpuExecutor's activations, logits and scratch."""
+    scratch = scratch_bytes(plan, max_pages=max_pages, threads=threads, isa=isa or best_isa())
+    return sum(aligned(4 * b.dim * plan.buffer_rows(b)) for b in plan.buffers) + scratch
+
+
 class CpuExecutor:
     """See kvrun.backends.executor.Executor. `weights` come from kvrun.weights.load."""
 
     name = "cpu"
 
     def __init__(self, plan: Plan, weights: Mapping[str, tuple[int, str]], vectors: Mapping[str, np.ndarray], pool,
-                 *, threads: int | None = None, isa: str | None = None, owned: tuple[Arena, ...] = ()) -> None:
-        """weights: Weight.name -> (address, format). vectors: Vector.name -> float32 [dim]. owned: memory that the
-        weights lie in, given back by close()."""
+                 *, threads: int | None = None, isa: str | None = None, owned: tuple[LoadedWeights, ...] = ()) -> None:
+        """weights: Weight.name -> (address, format). vectors: Vector.name -> float32 [dim]. owned: weights that nobody
+        else uses, given back by close()."""
         self.plan = plan
         self.threads = threads or default_threads()
         self.isa = isa or best_isa()
@@ -184,7 +194,7 @@ class CpuExecutor:
         self._cpu = None
         self._logits = self._ops = None
         self._keep.clear()
-        for arena in self._owned:
-            arena.close()
+        for memory in self._owned:
+            memory.close()
         self._owned = ()
         self._pool.close()

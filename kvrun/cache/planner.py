@@ -11,6 +11,9 @@ from kvrun.cache.formats import PAGE, GroupLayout, group_layout
 from kvrun.cache.pages import pages_needed
 from kvrun.errors import OutOfMemoryError
 
+DEFAULT_HEADROOM = 0.10
+"""Share of the available memory that is left alone: for the text side of a model, Python, and other programs."""
+
 
 def pool_layouts(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> list[GroupLayout]:
     """The layouts of a Pool of these arguments."""
@@ -20,6 +23,18 @@ def pool_layouts(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: 
 def cache_bytes(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> int:
     """Bytes of the whole page pool: exactly what is allocated."""
     return sum(layout.n_bytes for layout in pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv))
+
+
+def token_bytes(layouts: list[GroupLayout]) -> float:
+    """Bytes of cache that one more token takes in all layers. Whole but for formats that share scales over a page."""
+    return sum(layout.page_stride for layout in layouts) / PAGE
+
+
+def attended_bytes(groups: tuple[CacheGroup, ...], layouts: list[GroupLayout], depth: int) -> float:
+    """Bytes of cache that a decode step reads when `depth` tokens are in it: all of them in full layers, those inside
+    the window in sliding ones."""
+    return sum((min(depth, g.window) if g.window else depth) * layout.page_stride / PAGE
+               for g, layout in zip(groups, layouts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,11 @@ def available_memory() -> int | None:
     return min(limits) if limits else None
 
 
+def usable(available: int | None, headroom: float = DEFAULT_HEADROOM) -> int | None:
+    """What may be taken of `available` bytes when the share `headroom` stays free. None: unknown."""
+    return None if available is None else int(available * (1 - headroom))
+
+
 def largest_n_ctx(plan_for: Callable[[int], MemoryPlan], limit: int, upper: int) -> int:
     """The largest n_ctx up to `upper`, a multiple of a page unless it is `upper`, whose plan takes at most `limit`
     bytes; 0 when none does. plan_for must not shrink as n_ctx grows."""
@@ -64,14 +84,17 @@ def largest_n_ctx(plan_for: Callable[[int], MemoryPlan], limit: int, upper: int)
     return low * PAGE
 
 
-def check_fits(plan_for: Callable[[int], MemoryPlan], n_ctx: int, available: int | None) -> MemoryPlan:
-    """The plan for n_ctx. OutOfMemoryError, with the largest n_ctx that fits, when it takes more than `available`."""
+def check_fits(plan_for: Callable[[int], MemoryPlan], n_ctx: int, available: int | None,
+               headroom: float = DEFAULT_HEADROOM) -> MemoryPlan:
+    """The plan for n_ctx. OutOfMemoryError, with the largest n_ctx that fits, when it takes more than `available`
+    bytes less the share `headroom`."""
     plan = plan_for(n_ctx)
-    if available is None or plan.total <= available:
+    limit = usable(available, headroom)
+    if limit is None or plan.total <= limit:
         return plan
-    fits = largest_n_ctx(plan_for, available, n_ctx)
+    fits = largest_n_ctx(plan_for, limit, n_ctx)
     advice = f"use --n-ctx {fits}" if fits else "not even the shortest context fits: choose a smaller model"
     mib = 2**20
     raise OutOfMemoryError(
         f"{plan.total / mib:.0f} MiB needed for n_ctx {n_ctx} (weights {plan.weights / mib:.0f}, cache {plan.cache / mib:.0f}, "
-        f"workspace {plan.workspace / mib:.0f}), {available / mib:.0f} MiB available; {advice}")
+        f"workspace {plan.workspace / mib:.0f}), {limit / mib:.0f} MiB usable of {available / mib:.0f} MiB available; {advice}")

@@ -46,9 +46,14 @@ def packed_dtype(weight: Weight, source: TensorSource, refs: Mapping[str, Tensor
 
 def layout(plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef]) -> list[PackedWeight]:
     """Where every matrix of the plan will lie. Reads no data."""
+    return layout_as(plan, lambda weight: packed_dtype(weight, source, refs))
+
+
+def layout_as(plan: Plan, dtype_of: Callable[[Weight], str]) -> list[PackedWeight]:
+    """Where every matrix of the plan will lie when each is held in the format that dtype_of names."""
     packed, offset = [], 0
     for weight in plan.weights:
-        dtype = packed_dtype(weight, source, refs)
+        dtype = dtype_of(weight)
         n_bytes = lib.kv_pack_bytes(DTYPES[dtype], weight.n, weight.k)
         if n_bytes < 0:
             raise ModelError(f"{weight.name}: {weight.k} columns, but the kernels need a multiple of {lib.KV_GROUP}")

@@ -5,7 +5,7 @@ import pytest
 
 from kvrun.backends.plan import CacheGroup
 from kvrun.cache.formats import resolve_kv
-from kvrun.cache.planner import MemoryPlan, cache_bytes, check_fits, largest_n_ctx
+from kvrun.cache.planner import MemoryPlan, attended_bytes, cache_bytes, check_fits, largest_n_ctx, pool_layouts, token_bytes, usable
 from kvrun.cache.pool import Pool
 from kvrun.errors import OutOfMemoryError, UsageError
 
@@ -32,13 +32,35 @@ def test_refusal_names_the_largest_context() -> None:
     def plan_for(n: int) -> MemoryPlan:
         return MemoryPlan(n, 1000, 10 * n, 100)
 
-    assert check_fits(plan_for, 512, 1100 + 5120).total == 6220
+    assert check_fits(plan_for, 512, 1100 + 5120, headroom=0).total == 6220
     with pytest.raises(OutOfMemoryError, match="--n-ctx 384"):
-        check_fits(plan_for, 512, 1100 + 5119)
+        check_fits(plan_for, 512, 1100 + 5119, headroom=0)
     with pytest.raises(OutOfMemoryError, match="smaller model"):
-        check_fits(plan_for, 512, 1100)
+        check_fits(plan_for, 512, 1100, headroom=0)
     assert check_fits(plan_for, 10**6, None).n_ctx == 10**6
     assert largest_n_ctx(plan_for, 10**9, 1000) == 1000
+
+
+def test_headroom_stays_free() -> None:
+    def plan_for(n: int) -> MemoryPlan:
+        return MemoryPlan(n, 0, 10 * n, 0)
+
+    assert check_fits(plan_for, 900, 10_000).total == 9000
+    with pytest.raises(OutOfMemoryError, match="--n-ctx 896"):
+        check_fits(plan_for, 901, 10_000)
+    assert check_fits(plan_for, 500, 10_000, headroom=0.5).total == 5000
+    with pytest.raises(OutOfMemoryError):
+        check_fits(plan_for, 501, 10_000, headroom=0.5)
+    assert usable(None) is None and usable(1000, 0.25) == 750
+
+
+def test_what_a_step_reads_stops_growing_at_the_window() -> None:
+    groups = (CacheGroup(512, (0, 1, 2), 1, 256), CacheGroup(0, (3,), 2, 64))
+    layouts = pool_layouts(groups, n_ctx=2048, chunk=256, kv=("f16", "bf16"))
+    sliding, full = 3 * 2 * 256 * 2, 2 * 2 * 64 * 2
+    assert token_bytes(layouts) == sliding + full
+    assert attended_bytes(groups, layouts, 100) == 100 * (sliding + full)
+    assert attended_bytes(groups, layouts, 2000) == 512 * sliding + 2000 * full
 
 
 def test_unknown_format_is_refused_by_name() -> None:

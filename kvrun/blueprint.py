@@ -1,0 +1,180 @@
+"""What opening a model will take, from its headers alone: spec, plan, packed sizes and memory, before a weight is read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvrun.cache.formats import resolve_kv
+from kvrun.cache.planner import DEFAULT_HEADROOM, MemoryPlan, available_memory, largest_n_ctx, pool_layouts, usable
+from kvrun.errors import OutOfMemoryError, UsageError
+
+if TYPE_CHECKING:
+    from kvrun.backends.plan import Plan
+    from kvrun.hub.files import ModelFiles
+    from kvrun.models.spec import ModelSpec
+    from kvrun.weights.load import PackedWeight
+
+DEFAULT_N_CTX = 8192
+"""n_ctx when neither the user nor the alias says: this, or the trained length where that is less."""
+DEFAULT_CHUNK = 512
+"""The most prompt rows of a step."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a model is to be run. max_out: rows of a step that can give logits. prefill_chunk: the most rows of a step."""
+
+    device: str
+    threads: int | None = None
+    max_out: int = 1
+    prefill_chunk: int = DEFAULT_CHUNK
+
+
+class Blueprint:
+    """A model that could be opened. Holds the weight files open until close(); reads their headers alone.
+
+    Of a model of kind "config" nothing but config.json is here: its matrices are taken to be of the config's dtype.
+    """
+
+    def __init__(self, files: ModelFiles, shape: Shape) -> None:
+        """shape.device: cpu or reference. Errors: ModelError, UsageError."""
+        from kvrun.models import check_tensors, load_spec, tensor_refs
+        from kvrun.weights import open_source
+
+        if shape.prefill_chunk < 1 or shape.max_out < 1:
+            raise UsageError("the prefill chunk and the number of output rows must be at least 1")
+        self.files = files
+        self.shape = shape
+        self.spec: ModelSpec = load_spec(files.config, str(files.path))
+        self.threads = 1
+        if shape.device != "reference":
+            from kvrun.backends.cpu import default_threads
+
+            self.threads = default_threads() if shape.threads is None else shape.threads
+            if not 1 <= self.threads <= 256:
+                raise UsageError(f"--threads {self.threads}: must be from 1 to 256")
+        self.source = None
+        self.refs = {}
+        if files.kind != "config":
+            self.source = open_source(files)
+            try:
+                self.refs = tensor_refs(self.spec, files.config, files.kind)
+                check_tensors(self.spec, self.refs, self.source)
+            except BaseException:
+                self.source.close()
+                raise
+        self._plans: dict[int, Plan] = {}
+
+    def close(self) -> None:
+        """Closes the weight files. Idempotent."""
+        if self.source is not None:
+            self.source.close()
+
+    def __enter__(self) -> Blueprint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- plans and sizes ----
+
+    def rows(self, n_ctx: int) -> int:
+        """Rows of a step's buffers in a context of n_ctx tokens."""
+        return max(min(self.shape.prefill_chunk, n_ctx), self.shape.max_out)
+
+    def plan(self, n_ctx: int) -> Plan:
+        """The plan for a context of n_ctx tokens, which also chooses between LongRoPE's factors."""
+        from kvrun.models import build_plan, load_spec
+
+        spec = load_spec(self.files.config, str(self.files.path), n_ctx=n_ctx)
+        return build_plan(spec, max_rows=self.rows(n_ctx), max_out=self.shape.max_out)
+
+    def _sized_plan(self, n_ctx: int) -> Plan:
+        """A plan of the same sizes as plan(n_ctx); kept, because a search asks for many."""
+        rows = self.rows(n_ctx)
+        if rows not in self._plans:
+            self._plans[rows] = self.plan(n_ctx)
+        return self._plans[rows]
+
+    @functools.cached_property
+    def packed(self) -> list[PackedWeight]:
+        """Where every matrix will lie, and in which format (cpu)."""
+        from kvrun.weights import load
+
+        plan = self._sized_plan(1)
+        if self.source is not None:
+            return load.layout(plan, self.source, self.refs)
+        dtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.spec.dtype]
+        return load.layout_as(plan, lambda weight: dtype)
+
+    @functools.cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices and vectors in memory."""
+        plan = self._sized_plan(1)
+        vectors = sum(4 * v.dim for v in plan.vectors)
+        if self.shape.device == "reference":
+            return vectors + sum(4 * w.n * w.k for w in plan.weights)
+        from kvrun.weights import load
+
+        return vectors + load.weight_bytes(self.packed)
+
+    @functools.cached_property
+    def read_bytes(self) -> int:
+        """Bytes of weights that one decode step reads: every matrix of a linear map. An embedding that is not also
+        the head costs one row, which is left out."""
+        plan = self._sized_plan(1)
+        used = {op.fields["w"].name for op in plan.ops if op.kind == "linear"}
+        if self.shape.device == "reference":
+            return sum(4 * w.n * w.k for w in plan.weights if w.name in used)
+        return sum(p.n_bytes for p in self.packed if p.weight.name in used)
+
+    # ---- memory ----
+
+    def formats(self, kv: str) -> tuple[str, str]:
+        """Storage formats of K and V under --kv. UsageError for a format that is not built."""
+        return resolve_kv(kv, self.spec.dtype)
+
+    def layouts(self, kv: str, n_ctx: int) -> list:
+        """GroupLayout of each layer group in a context of n_ctx tokens."""
+        plan = self._sized_plan(n_ctx)
+        return pool_layouts(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=self.formats(kv))
+
+    def memory(self, kv: str, n_ctx: int) -> MemoryPlan:
+        """Everything that opening takes, to the byte."""
+        layouts = self.layouts(kv, n_ctx)
+        return MemoryPlan(n_ctx, self.weight_bytes, sum(layout.n_bytes for layout in layouts),
+                          self._workspace(n_ctx, max(layout.n_pages for layout in layouts)))
+
+    def _workspace(self, n_ctx: int, max_pages: int) -> int:
+        plan = self._sized_plan(n_ctx)
+        if self.shape.device == "reference":
+            return plan.buffer_bytes()
+        from kvrun.backends.cpu import work_bytes
+
+        return work_bytes(plan, max_pages=max_pages, threads=self.threads)
+
+    def planner(self, kv: str) -> Callable[[int], MemoryPlan]:
+        """n_ctx -> memory(kv, n_ctx)."""
+        return lambda n_ctx: self.memory(kv, n_ctx)
+
+    def choose_n_ctx(self, wanted: int | str | None, kv: str, headroom: float = DEFAULT_HEADROOM) -> int:
+        """The n_ctx to use. wanted: a number, "max" for the largest that fits, or None for the default.
+
+        UsageError for one that the model was not trained for, OutOfMemoryError when "max" finds none.
+        """
+        trained = self.spec.n_positions
+        if wanted == "max":
+            limit = usable(available_memory(), headroom)
+            found = trained if limit is None else largest_n_ctx(self.planner(kv), limit, trained)
+            if not found:
+                raise OutOfMemoryError(f"{self.files.name} does not fit into {limit / 2**20:.0f} MiB with any n_ctx; choose a smaller model")
+            return found
+        n_ctx = min(self.files.n_ctx or DEFAULT_N_CTX, trained) if wanted is None else int(wanted)
+        if n_ctx < 1:
+            raise UsageError(f"--n-ctx {n_ctx}: must be at least 1")
+        if n_ctx > trained:
+            raise UsageError(f"--n-ctx {n_ctx}: {self.files.name} was trained for {trained} positions; use at most that")
+        return n_ctx
