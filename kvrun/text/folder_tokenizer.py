@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Set
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvrun.errors import ModelError
@@ -22,44 +23,86 @@ _SAMPLE = "a B\n 1é日🎉"         # encoded once, so that a tokenizer that pa
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def from_folder(folder: Path) -> Tokenizer:
-    """ModelError if the folder has no usable tokenizer.json, or one that the tokenizers library cannot carry out."""
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    repair: str
+
+    def broken(self, name: str, what: str) -> ModelError:
+        return ModelError(f"{self.path / name}: {what}; {self.repair}")
+
+    def json(self, name: str) -> dict:
+        """A file's object, {} if there is no such file."""
+        try:
+            value = json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as e:
+            raise self.broken(name, f"is not readable JSON: {e}") from None
+        if not isinstance(value, dict):
+            raise self.broken(name, "is not a JSON object")
+        return value
+
+    def guarded(self, call: Callable, starting: bool = False):
+        """The result of a call of the tokenizers library. What it raises, a panic of its Rust side included, becomes a
+        ModelError.
+
+        starting: Rust's own account of a panic is kept off standard error as well.
+        """
+        try:
+            with _held_stderr() if starting else nullcontext():
+                return call()
+        except Exception as e:
+            raise self._unusable(e) from None
+        except BaseException as e:
+            if not _is_panic(e):
+                raise
+            raise self._unusable(e) from None
+
+    def _unusable(self, e: BaseException) -> ModelError:
+        return self.broken("tokenizer.json", f"the tokenizer cannot be used: {' '.join(str(e).split())[:300]}")
+
+
+def from_folder(path: Path, repair: str = "fetch it again") -> Tokenizer:
+    """ModelError if the folder has no usable tokenizer.json, or one that the tokenizers library cannot carry out.
+
+    repair: what to do then, as the end of its message.
+    """
+    folder = _Folder(Path(path), repair)
+    path = folder.path / "tokenizer.json"
     if not path.is_file():
-        hint = " (only the older tokenizer.model)" if (folder / "tokenizer.model").is_file() else ""
-        raise ModelError(f"{folder}: no tokenizer.json{hint}; fetch the model again or use a GGUF file of it")
+        older = " (only the older tokenizer.model)" if (folder.path / "tokenizer.model").is_file() else ""
+        raise folder.broken(".", f"no tokenizer.json{older}, which kvrun reads")
     if path.stat().st_size > _MAX_JSON:
-        raise ModelError(f"{path}: {path.stat().st_size} bytes are more than any tokenizer has; fetch it again")
-    config = _read_json(folder / "tokenizer_config.json")
-    older = _read_json(folder / "special_tokens_map.json")
+        raise folder.broken(path.name, f"{path.stat().st_size} bytes are more than any tokenizer has")
+    config, older = folder.json("tokenizer_config.json"), folder.json("special_tokens_map.json")
     from tokenizers import Tokenizer as Library
-    library = _guarded(path, lambda: Library.from_file(str(path)), starting=True)
+    library = folder.guarded(lambda: Library.from_file(str(path)), starting=True)
     library.no_truncation()
     library.no_padding()
     names = {name: content for name in _NAMES if (content := _content(config.get(name, older.get(name)))) is not None}
-    _add_tokens(library, path, config, older, names)
+    _add_tokens(library, folder, config, older, names)
     decoder = library.get_added_tokens_decoder()
     special = {token.content: i for i, token in decoder.items() if token.special}
-    prefix = _prefix(library, path)
+    prefix = _prefix(library, folder)
     ends = turn_ends(special)
     if (eos := library.token_to_id(names.get("eos_token", ""))) is not None:
         ends |= {eos}
     return Tokenizer(
-        _LibraryEncoder(library, path), _decoding(library, path), library.id_to_token,
+        _LibraryEncoder(library, folder), _decoding(library, folder), library.id_to_token,
         max([library.get_vocab_size(), *(i + 1 for i in decoder)]), special,
         tuple(token.content for token in decoder.values() if not token.special), prefix, names, ends,
         _templates(folder, config))
 
 
 class _LibraryEncoder:
-    def __init__(self, library, path: Path):
-        self._library, self._path = library, path
+    def __init__(self, library, folder: _Folder):
+        self._library, self._folder = library, folder
         self._marked: tuple[tuple, object] | None = None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         self._library.encode_special_tokens = not special
-        return _guarded(self._path, lambda: self._library.encode(text, add_special_tokens=False).ids)
+        return self._folder.guarded(lambda: self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_marked(self, text: str, stand_ins: dict[str, str], plain: Set[str]) -> list[int]:
         """A copy of the tokenizer learns the stand-ins; that costs as much as loading it, once for each set of them."""
@@ -77,23 +120,23 @@ class _LibraryEncoder:
             self._marked = key, copy
         copy = self._marked[1]
         back = {copy.token_to_id(mark): self._library.token_to_id(token) for mark, token in stand_ins.items()}
-        return [back.get(i, i) for i in _guarded(self._path, lambda: copy.encode(text, add_special_tokens=False).ids)]
+        return [back.get(i, i) for i in self._folder.guarded(lambda: copy.encode(text, add_special_tokens=False).ids)]
 
 
-def _add_tokens(library, path: Path, config: dict, older: dict, names: dict[str, str]) -> None:
+def _add_tokens(library, folder: _Folder, config: dict, older: dict, names: dict[str, str]) -> None:
     """Tokens that only tokenizer_config.json lists, and those it calls special (as transformers adds them)."""
     from tokenizers import AddedToken
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, dict):
         for key, entry in sorted(listed.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0):
             if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
-                raise ModelError(f"{path.with_name('tokenizer_config.json')}: damaged: added token {key!r}")
+                raise folder.broken("tokenizer_config.json", f"damaged: added token {key!r}")
             if library.token_to_id(content) is None:
                 flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
                 library.add_tokens([AddedToken(content, **flags)])
                 if library.token_to_id(content) != int(key):
-                    raise ModelError(f"{path}: has no token {content!r}, which tokenizer_config.json gives the id "
-                                     f"{key}; fetch both again")
+                    raise folder.broken("tokenizer.json", f"has no token {content!r}, which tokenizer_config.json "
+                                                          f"gives the id {key}")
     more = [*names.values()]
     for source in (config, older):
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -105,7 +148,7 @@ def _add_tokens(library, path: Path, config: dict, older: dict, names: dict[str,
                                 for content in dict.fromkeys(more) if library.token_to_id(content) is not None])
 
 
-def _prefix(library, path: Path) -> tuple[int, ...]:
+def _prefix(library, folder: _Folder) -> tuple[int, ...]:
     """What the file's post-processor puts before a prompt. What it puts behind (an EOS of a T5, say) would end the
     prompt, and is left out. tokenizer_config.json's add_bos_token counts for nothing beside a tokenizer.json, as in
     transformers 5."""
@@ -115,10 +158,10 @@ def _prefix(library, path: Path) -> tuple[int, ...]:
         library.decode(whole)
         at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)
         return tuple(whole[:at])
-    return _guarded(path, probe, starting=True)
+    return folder.guarded(probe, starting=True)
 
 
-def _decoding(library, path: Path) -> Decoding:
+def _decoding(library, folder: _Folder) -> Decoding:
     state = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {"type": None}
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
@@ -129,44 +172,28 @@ def _decoding(library, path: Path) -> Decoding:
         at_start = all(s["type"] == "Strip" and s["content"] == " " and not s["stop"] for s in strips)
         if steps[0]["content"] == " " and at_start:
             return Decoding(byte_level=False, strip=sum(s["start"] for s in strips))
-    raise ModelError(f"{path}: decoder {' + '.join(map(str, kinds))} is not supported; "
+    raise ModelError(f"{folder.path / 'tokenizer.json'}: decoder {' + '.join(map(str, kinds))} is not supported; "
                      "kvrun reads byte-level and SentencePiece ones")
 
 
-def _templates(folder: Path, config: dict) -> dict[str, str]:
+def _templates(folder: _Folder, config: dict) -> dict[str, str]:
     """chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else chat_template.json."""
-    found: dict[str, str] = {}
-    try:
-        if (path := folder / "chat_template.jinja").is_file():
-            found["default"] = path.read_text(encoding="utf-8")
-        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-            found[path.stem] = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ModelError(f"{path}: cannot be read: {e}") from None
-    if found:
-        return found
-    for value in (config.get("chat_template"), _read_json(folder / "chat_template.json").get("chat_template")):
+    files = {"default": folder.path / "chat_template.jinja"} if (folder.path / "chat_template.jinja").is_file() else {}
+    files |= {path.stem: path for path in sorted((folder.path / "additional_chat_templates").glob("*.jinja"))}
+    if files:
+        try:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        except (OSError, UnicodeDecodeError) as e:
+            raise folder.broken("chat_template.jinja", f"a chat template cannot be read: {e}") from None
+    for value in (config.get("chat_template"), folder.json("chat_template.json").get("chat_template")):
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, list):
             try:
                 return {str(entry["name"]): str(entry["template"]) for entry in value}
             except (TypeError, KeyError):
-                raise ModelError(f"{folder / 'tokenizer_config.json'}: damaged: chat_template") from None
+                raise folder.broken("tokenizer_config.json", "damaged: chat_template") from None
     return {}
-
-
-def _read_json(path: Path) -> dict:
-    """{} if there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path}: is not readable JSON: {e}; fetch it again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: is not a JSON object; fetch it again")
-    return value
 
 
 def _content(token) -> str | None:
@@ -175,29 +202,8 @@ def _content(token) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def _guarded(path: Path, call: Callable, starting: bool = False):
-    """The call's result. What the library raises, a panic of its Rust side included, becomes a ModelError.
-
-    starting: Rust's own account of a panic is kept off standard error as well.
-    """
-    try:
-        with _held_stderr() if starting else nullcontext():
-            return call()
-    except Exception as e:
-        raise _unusable(path, e) from None
-    except BaseException as e:
-        if not _is_panic(e):
-            raise
-        raise _unusable(path, e) from None
-
-
 def _is_panic(e: BaseException) -> bool:
     return type(e).__name__ == "PanicException"         # of pyo3_runtime, which cannot be imported; no Exception
-
-
-def _unusable(path: Path, e: BaseException) -> ModelError:
-    reason = " ".join(str(e).split())[:300]
-    return ModelError(f"{path}: the tokenizer cannot be used: {reason}; fetch it again")
 
 
 @contextmanager

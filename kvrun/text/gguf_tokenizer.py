@@ -14,7 +14,7 @@ from kvrun.text.lazy_bpe import Added, LazyBpe
 from kvrun.text.pretokenizers import GPT2, pre_tokenizer
 from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
 
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
 _SPACE = "\u2581"
 # Converters fill ids that have a row in the embedding but no token with names like these; nobody can type them.
 _FILLER = re.compile(r"\[PAD\d+\]")
@@ -28,20 +28,24 @@ def byte_alphabet() -> str:
     return "".join(table[b] for b in range(256))
 
 
-def from_gguf(metadata: Mapping, where: str) -> Tokenizer:
-    """metadata: of an opened GGUF file. where: the file, for errors. ModelError if it has no usable tokenizer."""
-    meta = _Metadata(metadata, where)
+def from_gguf(metadata: Mapping, where: str, repair: str = "fetch it again") -> Tokenizer:
+    """metadata: of an opened GGUF file. where: the file. ModelError if it has no usable tokenizer.
+
+    repair: what to do with a damaged file, as the end of that error's message.
+    """
+    meta = _Metadata(metadata, where, repair)
     kind = meta.text("model")
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"{where}: tokenizer kind {kind!r} is not supported (tokenizer.ggml.model); "
                          "kvrun reads gpt2 and llama")
     tokens, types = meta.strings("tokens"), meta.numbers("token_type")
     if not tokens:
-        raise ModelError(f"{where}: the vocabulary is empty (tokenizer.ggml.tokens)")
+        raise meta.damaged("the vocabulary is empty (tokenizer.ggml.tokens)")
     if types and len(types) != len(tokens):
-        raise ModelError(f"{where}: damaged: {len(tokens)} tokens with {len(types)} types")
-    special, user = ({tokens[i]: i for i, t in enumerate(types) if t in kinds and not _FILLER.fullmatch(tokens[i])}
-                     for kinds in ((_CONTROL, _UNKNOWN), (_USER,)))
+        raise meta.damaged(f"{len(tokens)} tokens with {len(types)} types")
+    odd = [i for i, t in enumerate(types) if t != _NORMAL and not _FILLER.fullmatch(tokens[i])]
+    special = {tokens[i]: i for i in odd if types[i] in (_CONTROL, _UNKNOWN)}
+    user = {tokens[i]: i for i in odd if types[i] == _USER}
     names, at = {}, {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("sep", "seperator"),
                       ("eot", "eot"), ("eom", "eom")):
@@ -61,21 +65,24 @@ def from_gguf(metadata: Mapping, where: str) -> Tokenizer:
     ends = turn_ends(special) | {at[name] for name in ("eos", "eot", "eom") if name in at}
     return Tokenizer(encoder, decoding, tokens.__getitem__, len(tokens), special, tuple(user), prefix,
                      {k: v for k, v in names.items() if k not in ("eot_token", "eom_token")}, ends,
-                     _templates(metadata, where))
+                     _templates(meta))
 
 
 class _Metadata:
     """Typed looks at tokenizer.ggml.*: a value of the wrong type is a damaged file."""
 
-    def __init__(self, metadata: Mapping, where: str):
-        self.metadata, self.where = metadata, where
+    def __init__(self, metadata: Mapping, where: str, repair: str):
+        self.metadata, self.where, self._repair = metadata, where, repair
+
+    def damaged(self, what: str) -> ModelError:
+        return ModelError(f"{self.where}: damaged: {what}; {self._repair}")
 
     def _get(self, key: str, kinds, default):
         value = self.metadata.get("tokenizer.ggml." + key)
         if value is None:
             return default
         if not isinstance(value, kinds):
-            raise ModelError(f"{self.where}: damaged: tokenizer.ggml.{key} is {value!r}"[:300])
+            raise self.damaged(f"tokenizer.ggml.{key} is {value!r}"[:200])
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -99,10 +106,10 @@ class _Metadata:
         if value is None:
             return []
         if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
-            raise ModelError(f"{self.where}: damaged: tokenizer.ggml.{key} is no array")
+            raise self.damaged(f"tokenizer.ggml.{key} is no array")
         items = value if isinstance(value, list) else value[:]
         if items and not isinstance(items[0], item):
-            raise ModelError(f"{self.where}: damaged: tokenizer.ggml.{key} holds {type(items[0]).__name__}")
+            raise self.damaged(f"tokenizer.ggml.{key} holds {type(items[0]).__name__}")
         return items
 
     def strings(self, key: str) -> list[str]:
@@ -146,12 +153,12 @@ def _sentencepiece(meta: _Metadata, tokens: list[str], types: list[int], added: 
                    unk: int | None) -> tuple[LazyBpe, Decoding, bool]:
     scores = meta.numbers("scores")
     if len(scores) != len(tokens) or not types:
-        raise ModelError(f"{meta.where}: damaged: {len(tokens)} tokens with {len(scores)} scores "
-                         f"and {len(types)} types")
+        raise meta.damaged(f"{len(tokens)} tokens with {len(scores)} scores and {len(types)} types")
     # Converters write Gemma's runs of spaces as spaces; its SentencePiece model has U+2581 there, as everywhere.
-    ids = {token.replace(" ", _SPACE): i for i, token in enumerate(tokens)}
+    ids = dict(zip(tokens, range(len(tokens))))
     for token in [t for t in added if " " in t]:
         added[token.replace(" ", _SPACE)] = added.pop(token)
+        ids[token.replace(" ", _SPACE)] = ids.pop(token)
     gemma = str(meta.metadata.get("general.architecture", "")).startswith("gemma")
 
     def rank(left: str, right: str):
@@ -194,11 +201,11 @@ def _strips_after(metadata: Mapping):
     return lambda token: False
 
 
-def _templates(metadata: Mapping, where: str) -> dict[str, str]:
+def _templates(meta: _Metadata) -> dict[str, str]:
     found = {}
-    for key, value in metadata.items():
+    for key, value in meta.metadata.items():
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
             if not isinstance(value, str):
-                raise ModelError(f"{where}: damaged: {key} is no text")
+                raise meta.damaged(f"{key} is no text")
             found[key[len("tokenizer.chat_template."):] or "default"] = value
     return found

@@ -78,8 +78,8 @@ def open_tokenizer(files) -> Tokenizer:
     """The tokenizer of ModelFiles. ModelError names the file and what is wrong with it."""
     if files.kind == "gguf":
         from kvrun.text.gguf_tokenizer import from_gguf
-        return from_gguf(files.gguf.metadata, str(files.path))
+        return from_gguf(files.gguf.metadata, str(files.path), files.repair)
     if files.kind == "folder":
         from kvrun.text.folder_tokenizer import from_folder
-        return from_folder(files.path)
+        return from_folder(files.path, files.repair)
     raise ModelError(f"{files.path}: no tokenizer is known for model files of kind {files.kind!r}")

@@ -10,8 +10,10 @@ import pytest
 _ALICE = Path(__file__).parents[1] / "data" / "alice.txt"
 _POOLS = (
     "abcdefghij \n", "  \t\n\r", "0123456789.,- ", "é à ü ñ ç ß ", "日本語中文한국어 テスト", "مرحبا שלום हिन्दी ไทย ",
-    "🎉👩‍👩‍👧‍👦🇩🇪😀🏽", "\u200b\u200d\ufeff\u00a0\u3000\u2028", "aA'sS 'll 're 'T", "<|im_start|><|im_end|></s><s>[INST]<eos>",
-    "\x00\x01\x7f\x1b\x9b", "ﷺǅⅧ²½٣", "▁▁ ▁", "=-_*#~/\\", "e\u0301o\u0308 a\u0323\u0302", "    ", "\ud7ff\ue000\uffff\U0010ffff",
+    "🎉👩‍👩‍👧‍👦🇩🇪😀🏽", "\u200b\u200d\ufeff\u00a0\u3000\u2028", "aA'sS 'll 're 'T",
+    "<|im_start|><|im_end|></s><s>[INST]<eos>",
+    "\x00\x01\x7f\x1b\x9b", "ﷺǅⅧ²½٣", "▁▁ ▁", "=-_*#~/\\", "e\u0301o\u0308 a\u0323\u0302", "    ",
+    "\ud7ff\ue000\uffff\U0010ffff",
     "<table></h1><b>", "def f(x):\n    return x\n", "{\"k\": [1, 2]}",
 )
 

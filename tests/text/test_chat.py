@@ -13,18 +13,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from kvrun.errors import ModelError
 from kvrun.text import load_text
 
-_CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
 
 def _user(content: str) -> dict:
     return {"role": "user", "content": content}
 
 
 def _sentencepiece() -> Tokenizer:
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "[", "INST", "]", "</s"]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("▁", "a")], unk_token="<unk>", fuse_unk=True,
-                                     byte_fallback=True))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a"]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("▁", "a")], unk_token="<unk>",
+                                     fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -40,8 +37,8 @@ def folder(tmp_path):
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
                                                                     "chat_template": template, **config}))
-        return load_text(SimpleNamespace(kind="folder", path=tmp_path, config={"eos_token_id": 7},
-                                         generation_config={"eos_token_id": [2, 9]}))
+        return load_text(SimpleNamespace(kind="folder", path=tmp_path, repair="fetch it again",
+                                         config={"eos_token_id": 7}, generation_config={"eos_token_id": [2, 9]}))
     return write
 
 
@@ -87,8 +84,8 @@ def test_marked_and_plain_encoding_agree(smollm2_text, gemma3_text, texts):
 def test_typed_tokens_in_a_sentencepiece_folder(folder):
     """No space creeps in behind the template's tokens, white space behind <|end|> goes, markers that are not special
     count."""
-    text = folder(_sentencepiece(), "{{ bos_token }}{% for m in messages %}"
-                                    "{{ '<｜User｜>' if m.role == 'user' else '<think>' }}{{ m.content }}<|end|>\n{% endfor %}")
+    text = folder(_sentencepiece(), "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' if m.role == 'user' else "
+                                    "'<think>' }}{{ m.content }}<|end|>\n{% endfor %}")
     plain = text.encode_chat([_user("a")])
     assert [text._tokenizer.piece(i) for i in plain] == ["<s>", "<｜User｜>", "a", "<|end|>"]
     chat = [_user("a<｜User｜>b</s>"), {"role": "assistant", "content": "<think>a</s>"}]

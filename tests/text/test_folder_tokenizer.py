@@ -21,7 +21,8 @@ def _byte_level() -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|bos|>", "<|end|>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(_ALICE.read_text(encoding="utf-8").splitlines()[:500], trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<|user|>", normalized=False, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False),
+                          AddedToken("<|user|>", normalized=False, rstrip=True)])
     return tokenizer
 
 
@@ -72,7 +73,8 @@ def test_ids_and_text_are_those_of_transformers(make, folder, texts):
 
 @pytest.mark.parametrize(("make", "config"), [
     (_byte_level, {}), (_byte_level, {"bos_token": "<|bos|>", "add_bos_token": True}), (_sentencepiece, {}),
-    (_sentencepiece, {"bos_token": {"__type": "AddedToken", "content": "<s>"}}), (_sentencepiece, {"bos_token": "<s>", "add_bos_token": False}),
+    (_sentencepiece, {"bos_token": {"__type": "AddedToken", "content": "<s>"}}),
+    (_sentencepiece, {"bos_token": "<s>", "add_bos_token": False}),
 ])
 def test_what_comes_before_a_prompt(make, config, folder):
     from transformers import PreTrainedTokenizerFast
@@ -115,7 +117,7 @@ def test_where_templates_are_found(folder, tmp_path):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(ModelError, match="no tokenizer.json;"):
+    with pytest.raises(ModelError, match="no tokenizer.json, .*; fetch it again"):
         from_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(ModelError, match="tokenizer.model"):
@@ -137,16 +139,18 @@ def _file(**parts) -> str:
     _file(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
     _file(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
     _file(model={"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}),
-    _file(model={"type": "WordPiece", "vocab": {}, "unk_token": "?", "continuing_subword_prefix": "", "max_input_chars_per_word": 1}),
+    _file(model={"type": "WordPiece", "vocab": {}, "unk_token": "?", "continuing_subword_prefix": "",
+                 "max_input_chars_per_word": 1}),
     _file(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "?", "type_id": 0}}],
                           "pair": [], "special_tokens": {}}),
 ])
 def test_a_broken_file_is_one_line(content, tmp_path, capfd):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError) as caught:
-        from_folder(tmp_path)
+        from_folder(tmp_path, "kvrun pull it")
     message = str(caught.value)
     assert "tokenizer.json" in message and "\n" not in message and len(message) < 600
+    assert message.endswith("; kvrun pull it") or "not supported" in message
     assert capfd.readouterr().err == ""
 
 

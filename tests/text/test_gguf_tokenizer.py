@@ -17,7 +17,7 @@ _ALICE = Path(__file__).parents[1] / "data" / "alice.txt"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 
 
-# -- byte-level BPE -------------------------------------------------------------------------------------------------------
+# -- byte-level BPE --------------------------------------------------------------------------------------------------
 
 def test_smollm2_ids_are_those_of_transformers(smollm2, smollm2_text, texts):
     from tokenizers import pre_tokenizers
@@ -47,7 +47,7 @@ def test_a_long_text_after_short_ones(smollm2_text):
     assert smollm2_text.encode(prose) == whole
 
 
-# -- SentencePiece --------------------------------------------------------------------------------------------------------
+# -- SentencePiece ---------------------------------------------------------------------------------------------------
 
 def test_gemma_ids_are_those_of_sentencepiece(gemma3, gemma3_text, texts):
     metadata = gemma3.gguf.metadata
@@ -127,7 +127,7 @@ def _processor(tokens, scores, types, prefix: bool) -> sentencepiece.SentencePie
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
-# -- what is read from the metadata ---------------------------------------------------------------------------------------
+# -- what is read from the metadata ----------------------------------------------------------------------------------
 
 def _tiny(**more) -> dict:
     alphabet = "abcdefgh "
@@ -159,8 +159,8 @@ def test_filler_of_the_embedding_is_no_token_to_type():
 
 
 def test_templates_by_name():
-    found = from_gguf(_tiny() | {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}, "m").templates
-    assert found == {"default": "a", "tool_use": "b"}
+    named = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
+    assert from_gguf(_tiny() | named, "m").templates == {"default": "a", "tool_use": "b"}
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -77,7 +77,7 @@ def test_template_of_smollm2(smollm2, oracle):
     "{% generation %}a{{ messages[0]['content'] }}{% endgeneration %}b",
     "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}\n  {{ m.role }}\n{% endfor %}",
     "{{ messages | tojson }}{{ tools | tojson(indent=2) }}{{ '<é>' | tojson }}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ dict(a=1) }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n, dict(a=1) }}",
     "{{ bos_token }}{{ documents }}{{ tools is none }}{{ messages[0].tool_calls is defined }}{{ undefined_name }}",
     "{{ strftime_now('%Y') }}",
     "{{ raise_exception('no') }}",
