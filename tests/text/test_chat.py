@@ -114,6 +114,16 @@ def test_gemma_has_one_bos_and_no_template(gemma3_text):
         gemma3_text.encode_chat([_user("a")])
 
 
+def test_a_template_of_the_users_own(gemma3):
+    text = load_text(gemma3)
+    text.use_template("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.content }}{% endfor %}", "own.jinja")
+    assert text.has_template and text.render([_user("a")]) == "<bos><start_of_turn>a"
+    assert text.encode_chat([_user("a")]) == text.encode("<start_of_turn>a", special=True)
+    text.use_template("{% for %}", "own.jinja")
+    with pytest.raises(ModelError, match="^own.jinja: "):
+        text.encode_chat([_user("a")])
+
+
 def test_ends_come_from_all_three_places(folder, smollm2_text, gemma3_text):
     text = folder(_sentencepiece(), "x")
     assert text.eos_ids == {2, 7, 9, *text.encode("<|end|>", bos=False, special=True)}
