@@ -20,15 +20,35 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "reference"]
 
 
+def _n_ctx(text: str) -> int | str:
+    """--n-ctx: a number of tokens from 1 on, or "max"."""
+    if text == "max":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of tokens nor 'max'") from None
+    if value < 1:
+        raise typer.BadParameter(f"{value} is not at least 1")
+    return value
+
+
 Model = Annotated[str, typer.Argument(
     metavar="MODEL", show_default=False, help="An alias of models.toml, a local folder, org/name[@revision], or a .gguf file.")]
 NCtx = Annotated[int | None, typer.Option(
-    "-n", "--n-ctx", metavar="N", min=1, show_default=False,
-    help="Tokens of context, allocated at start. Default: the alias' value, else the trained length, at most 8192.")]
+    "-n", "--n-ctx", metavar="N|max", parser=_n_ctx, show_default=False,
+    help="Tokens of context, allocated at start; max is the most that fits. Default: the alias' value, else the trained length, at most 8192.")]
 Kv = Annotated[Literal["f16", "f32"], typer.Option(
     "--kv", help="Format of the KV cache; f16 is bf16 where the model is bf16.")]
-Overflow = Annotated[Literal["stop"], typer.Option(
-    "--overflow", help="What happens when the context is full.")]
+Overflow = Annotated[Literal["stop", "evict"], typer.Option(
+    "--overflow", help="When the context is full: stop, or evict, which drops old pages of 128 tokens, says so, and goes on.")]
+Keep = Annotated[int | None, typer.Option(
+    "--keep", metavar="N", min=0, show_default=False,
+    help="With --overflow evict: the first N tokens are never dropped; whole pages, at least one. Default: the system prompt.")]
+Evict = Annotated[Literal["window", "strided"] | None, typer.Option(
+    "--evict", show_default=False,
+    help="With --overflow evict: window drops the oldest, whole chat turns first; strided keeps the newer half and, of "
+         "the older, every n-th page. Default: window.")]
 DeviceOption = Annotated[Device, typer.Option(
     "--device", help="Where to compute; reference is plain torch in float32, slow and exact.")]
 Threads = Annotated[int | None, typer.Option(
@@ -77,13 +97,22 @@ class ModelOptions:
     """Which model, and how it is opened."""
 
     model: str
-    n_ctx: int | None = None
+    n_ctx: int | str | None = None
     kv: str = "f16"
     device: str = "auto"
     threads: int | None = None
     revision: str | None = None
     offline: bool = False
     template_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class OverflowOptions:
+    """What happens when the context is full. None: not given."""
+
+    overflow: str = "stop"
+    keep: int | None = None
+    policy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,13 +183,14 @@ def configure_console(options: OutputOptions) -> Console:
     return configure(color=options.color, sanitize=options.sanitize, quiet=options.quiet, verbose=options.verbose)
 
 
-def resolve_model(options: ModelOptions, console: Console) -> ModelFiles:
-    """The model's files, fetched when they are not here."""
+def resolve_model(options: ModelOptions, console: Console, *, weights: bool = True) -> ModelFiles:
+    """The model's files, fetched when they are not here. weights: False is content with config.json alone."""
     from kvrun import hub
     from kvrun.cli.pull import transfer_progress
 
     try:
-        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=transfer_progress(console))
+        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=transfer_progress(console),
+                           weights=weights)
     finally:
         console.clear_progress()
 
@@ -182,6 +212,30 @@ def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, ma
     if template is not None:
         engine.text.use_template(template, str(options.template_file))
     return engine
+
+
+def check_overflow(options: OverflowOptions) -> None:
+    """UsageError for --keep or --evict where nothing is dropped."""
+    for flag, value in (("--keep", options.keep), ("--evict", options.policy)):
+        if value is not None and options.overflow == "stop":
+            raise UsageError(f"{flag} {value}: only with --overflow evict is anything dropped; add it")
+
+
+def set_overflow(options: OverflowOptions, engine: Engine, files: ModelFiles, system: str | None, *, chat: bool) -> None:
+    """Tells the engine what to do when the context is full. chat: prompts go through the chat template, so that the
+    system prompt is what is kept by default."""
+    if options.overflow == "stop":
+        return
+    from kvrun.engine.conversation import head_tokens
+    from kvrun.models import load_spec
+
+    keep = options.keep
+    if keep is None:
+        keep = head_tokens(engine.text, system) if chat else 0
+    # Frequencies that depend on the context's length (LongRoPE) are right up to that length alone.
+    longest = load_spec(files.config, str(files.path), n_ctx=engine.spec.n_positions)
+    limit = engine.spec.n_positions if longest.ropes == engine.spec.ropes else engine.n_ctx
+    engine.evict(options.policy or "window", keep, limit=limit)
 
 
 def _read_template(path: Path) -> str:

@@ -18,7 +18,8 @@ Progress = Callable[[str, int, int | None], None]
 class ModelFiles:
     """A model on this machine.
 
-    name: what the user calls it. kind: "folder" (Hugging Face layout) or "gguf". path: that folder or file.
+    name: what the user calls it. kind: "folder" (Hugging Face layout), "gguf", or "config" (config.json alone, where
+    resolve was asked for no weights). path: that folder or file.
     revision: commit of a Hub repository, else None. config: config.json, or the same rebuilt from GGUF metadata.
     generation_config: generation_config.json, {} where there is none. n_ctx, sampling: the alias' defaults.
     source: "hub", "package" or "local". repair: what to do if a file turns out broken, as the end of a message.

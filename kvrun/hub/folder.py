@@ -35,6 +35,17 @@ def read_json(path: Path, repair: str) -> dict:
     return value
 
 
+def open_config(path: Path, name: str, repair: str = "fetch it again", **settings) -> ModelFiles:
+    """ModelFiles of kind "config": the shape of a model in a folder that need hold no more than config.json."""
+    return ModelFiles(name=name, kind="config", path=path, config=read_json(path / "config.json", repair), repair=repair,
+                      generation_config={}, **{"revision": None} | settings)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds weights in a form that can be read."""
+    return any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists()
+
+
 def open_folder(path: Path, name: str, repair: str = "fetch it again", **settings) -> ModelFiles:
     """ModelFiles of a folder. ModelError for one without config.json or with pickled weights only."""
     if not path.is_dir():
@@ -44,7 +55,7 @@ def open_folder(path: Path, name: str, repair: str = "fetch it again", **setting
             raise ModelError(f"{path}: holds GGUF files; name the one that you mean")
         raise ModelError(f"{path}: no config.json, so no model in the Hugging Face layout")
     config = read_json(path / "config.json", repair)
-    if not any(path.glob("*.safetensors")) and not (path / "model.safetensors.index.json").exists():
+    if not has_weights(path):
         if any(p for pattern in _PICKLES for p in path.glob(pattern)):
             raise ModelError(f"{path}: only pickled weights, which can run code when read; "
                              "look for a revision with *.safetensors")

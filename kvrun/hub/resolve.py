@@ -9,25 +9,30 @@ from pathlib import Path
 from kvrun.errors import KvrunError, NotFoundError, UsageError
 from kvrun.hub.catalog import Alias, load_catalog
 from kvrun.hub.files import ModelFiles, Progress
-from kvrun.hub.folder import open_folder, open_gguf
+from kvrun.hub.folder import has_weights, open_config, open_folder, open_gguf
 from kvrun.hub.store import package_path
 
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?P<file>/[\w./-]+\.gguf)?(@(?P<revision>[\w./-]+))?")
 
 
-def resolve(model: str, *, revision: str | None = None, offline: bool = False,
-            progress: Progress | None = None) -> ModelFiles:
+def resolve(model: str, *, revision: str | None = None, offline: bool = False, progress: Progress | None = None,
+            weights: bool = True) -> ModelFiles:
     """The files of `model` on this machine, fetched if they are not here yet.
 
     What is here is used as it lies, without asking any server; `pull` asks for news. offline (or HF_HUB_OFFLINE): no
-    socket is opened. Errors: NotFoundError, AccessError, ModelError, StorageError, UsageError.
+    socket is opened. weights: False is content with the shape: a folder that holds config.json alone, and of a Hub
+    repository that is not here no more than that is fetched. Errors: NotFoundError, AccessError, ModelError, StorageError, UsageError.
     """
     where = locate(model, revision)
     if isinstance(where, Alias):
         return _alias(where, revision, offline, progress)
     if isinstance(where, Path):
+        if not weights and (where / "config.json").exists() and not has_weights(where):
+            return open_config(where, model)
         return open_gguf(where, model) if where.is_file() else open_folder(where, model)
     repo, file, wanted = where
+    if not weights and not file:
+        return _hub_config(repo, wanted, offline, progress, model)
     return _hub(repo, file, wanted, offline, progress, name=model, settings={})
 
 
@@ -130,6 +135,20 @@ def _hub(repo: str, file: str | None, revision: str, offline: bool, progress: Pr
         _refuse_offline(offline, name, repair)
         folder = remote.fetch_snapshot(repo, revision, progress)
     return open_folder(folder, name, repair=repair, source="hub", revision=folder.name, **settings)
+
+
+def _hub_config(repo: str, revision: str, offline: bool, progress: Progress | None, name: str) -> ModelFiles:
+    """A repository as it is in the shared cache where it is whole there, else its config.json."""
+    from kvrun.hub import remote
+
+    if remote.cached_snapshot(repo, revision) is not None:
+        return _hub(repo, None, revision, True, progress, name, {})
+    repair = f"kvrun pull {name}"
+    path = remote.cached_file(repo, "config.json", revision)
+    if path is None:
+        _refuse_offline(offline, name, repair)
+        path = remote.fetch_file(repo, "config.json", revision, progress)
+    return open_config(path.parent, name, repair=repair, source="hub", revision=path.parent.name)
 
 
 def _refuse_offline(offline: bool, name: str, repair: str) -> None:
