@@ -85,11 +85,13 @@ class ReferenceExecutor:
 
     name = "reference"
 
-    def __init__(self, plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], pool):
+    def __init__(self, plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], pool,
+                 like: ReferenceExecutor | None = None):
+        """like: an executor of the same model, whose weights are then shared and not read again."""
         self.plan, self.appended, self._pool, self._n_out = plan, 0, pool, 0
         self._values: dict[object, torch.Tensor] = {}
         for operand in (*plan.weights, *plan.vectors):
-            self._values[operand] = self._read(operand, source, refs)
+            self._values[operand] = like._values[operand] if like else self._read(operand, source, refs)
         for buffer in plan.buffers:
             self._values[buffer] = torch.zeros(plan.buffer_rows(buffer), buffer.dim)
         self._layers: dict[CacheRef, LayerPages] = {}

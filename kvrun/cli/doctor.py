@@ -14,7 +14,6 @@ from kvrun import __version__
 from kvrun.cli import options as opt
 from kvrun.errors import KvrunError
 
-_BANDWIDTH_BYTES = 256 << 20
 _DISTRIBUTIONS = ("torch", "numpy", "tokenizers", "safetensors", "huggingface-hub", "gguf", "jinja2")
 # What each instruction set needs beyond the one before it, as /proc/cpuinfo spells it (kernels/cpu/isa.cpp).
 _ISA_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"),
@@ -134,16 +133,10 @@ def _memory() -> Section:
 
 def _bandwidth() -> Section:
     from kvrun.backends.cpu import default_threads
-    from kvrun.backends.memory import Arena
-    from kvrun.backends.native import ffi, lib
+    from kvrun.measure.bandwidth import read_bandwidth
 
-    arena = Arena(_BANDWIDTH_BYTES, "measuring memory")
-    found: Section = {}
-    for threads in dict.fromkeys((1, default_threads())):
-        speed = lib.kv_cpu_read_bandwidth(ffi.cast("void *", arena.address), _BANDWIDTH_BYTES, threads, 5)
-        found[f"{threads} thread" + "s" * (threads > 1)] = f"{speed / 1e9:.1f} GB/s"
-    arena.close()
-    return found
+    return {f"{threads} thread" + "s" * (threads > 1): f"{read_bandwidth(threads) / 1e9:.1f} GB/s"
+            for threads in dict.fromkeys((1, default_threads()))}
 
 
 def _cuda() -> Section:

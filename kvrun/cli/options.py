@@ -53,6 +53,8 @@ DeviceOption = Annotated[Device, typer.Option(
     "--device", help="Where to compute; reference is plain torch in float32, slow and exact.")]
 Threads = Annotated[int | None, typer.Option(
     "--threads", metavar="N", min=1, max=256, show_default=False, help="CPU threads. Default: one per physical core.")]
+Headroom = Annotated[float, typer.Option(
+    "--headroom", metavar="PERCENT", min=0.0, max=99.0, help="Share of the available memory to leave alone; run and chat leave 10.")]
 Revision = Annotated[str | None, typer.Option(
     "--revision", metavar="REV", show_default=False, help="Branch, tag or commit of a Hub model.")]
 Offline = Annotated[bool, typer.Option(

@@ -17,12 +17,12 @@ def gather_prompt(argument: str | None, files: Sequence[Path], *, raw: bool) -> 
     unless `raw` and there is just that one part, which is then taken as it is. Raises UsageError when nothing is
     given or all of it is empty, or what is given is no UTF-8 text; StorageError when a file cannot be read.
     """
-    parts = [_read_file(path) for path in files]
+    parts = [read_file(path) for path in files]
     from_terminal = streams.is_terminal(streams.STDIN)
     if argument == "-" and from_terminal:
         raise UsageError("PROMPT is '-' and standard input is a terminal; pipe text into it or write the prompt out")
     if not from_terminal:
-        parts.append(_read_stdin())
+        parts.append(read_stdin())
     if argument not in (None, "-"):
         parts.append(_argument_text(argument))
     if argument is None and not parts:
@@ -54,7 +54,8 @@ def _argument_text(argument: str) -> str:
         return argument
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
+    """Standard input as UTF-8 text, without a byte order mark. Raises UsageError when it is none."""
     chunks = []
     try:
         while chunk := os.read(streams.STDIN, 1 << 16):
@@ -64,7 +65,8 @@ def _read_stdin() -> str:
     return _decode(b"".join(chunks), "standard input")
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A file of UTF-8 text, without a byte order mark. Raises UsageError when it is none, StorageError."""
     try:
         return _decode(path.read_bytes(), str(path))
     except OSError as error:
