@@ -178,6 +178,16 @@ def build_sampler(options: SamplingOptions, generation_config: dict[str, Any], a
     return Sampler(seed=seed, **chosen)
 
 
+def formats(text: str | None) -> tuple[str, ...]:
+    """A list of cache formats, parted by commas, each once; () for None. Whether they exist is the model's to say."""
+    if text is None:
+        return ()
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise UsageError(f"--kv {text}: give formats parted by commas, as in --kv f16,f32")
+    return names
+
+
 def configure_console(options: OutputOptions) -> Console:
     """This process' console, as the command line wants it."""
     from kvrun.terminal import configure
