@@ -28,6 +28,7 @@ class ChatOptions:
     """What `kvrun chat` was asked for."""
 
     model: opt.ModelOptions
+    overflow: opt.OverflowOptions
     sampling: opt.SamplingOptions
     output: opt.OutputOptions
     system: str | None
@@ -43,6 +44,8 @@ def chat(
     n_ctx: opt.NCtx = None,
     kv: opt.Kv = "f16",
     overflow: opt.Overflow = "stop",
+    keep: opt.Keep = None,
+    evict: opt.Evict = None,
     device: opt.DeviceOption = "auto",
     threads: opt.Threads = None,
     max_tokens: opt.MaxTokens = None,
@@ -64,17 +67,20 @@ def chat(
     """Talk with MODEL.
 
     Ctrl-C stops an answer and keeps it; a second one at an empty prompt leaves, as do Ctrl-D and /exit. /help lists
-    the commands. Without a terminal, each line of standard input is a message.
+    the commands. Without a terminal, each line of standard input is a message. With --overflow evict a conversation
+    may grow past the context: its oldest turns are dropped, with a line that says so, and its system prompt stays.
 
     \b
     Examples:
       kvrun chat
       kvrun chat smollm2-135m -s "You answer in one sentence." --temp 0
       kvrun chat Qwen/Qwen3-0.6B -n 16384 --stats
+      kvrun chat smollm2-135m -s "You are a pirate." -n 2048 --overflow evict
       printf 'Hello!\\nSay it in French.\\n' | kvrun chat smollm2-135m
     """
     return _chat(ChatOptions(
         model=opt.ModelOptions(model or _default_model(), n_ctx, kv, device, threads, revision, offline, template_file),
+        overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose), system=system, stats=stats))
 
@@ -89,11 +95,13 @@ def _chat(options: ChatOptions) -> int:
     from kvrun.engine.conversation import Conversation
 
     console = opt.configure_console(options.output)
+    opt.check_overflow(options.overflow)
     files = opt.resolve_model(options.model, console)
     engine = opt.open_model(options.model, files, console)
     try:
         if not engine.text.has_template:
             raise UsageError(f"{files.name} has no chat template; use 'kvrun run', or give one with --template-file")
+        opt.set_overflow(options.overflow, engine, files, options.system, chat=True)
         sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
         conversation = Conversation(engine.text, options.system)
         reader = _open_reader(console)
@@ -182,7 +190,7 @@ class Chat:
             sampling = self.options.sampling
             events = self.engine.generate(self.conversation.ask(message), sampler=self.sampler, max_tokens=sampling.max_tokens, stop=sampling.stop)
         except ContextFullError as error:
-            self.console.report(f"context full: {error}; /clear forgets the conversation")
+            self.console.report(f"context full: {error}; /clear forgets the conversation, --overflow evict drops its oldest turns")
             return
         except TemplateError as error:
             self.console.error(str(error))
@@ -195,7 +203,7 @@ class Chat:
 
             self.console.report(stats_line(self.engine, self.options.model, self.sampler, end))
         if end.reason == "context":
-            self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; /clear forgets the conversation")
+            self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; /clear forgets the conversation, --overflow evict drops its oldest turns")
         elif end.reason == "interrupt":
             if not self._on_terminal:
                 raise KeyboardInterrupt
@@ -206,7 +214,8 @@ class Chat:
     def _show(self, events: Iterator[Event]) -> tuple[Stop, str, list[int]]:
         """Renders an answer. Returns its end, its text and its token ids."""
         from kvrun.cli.interrupts import interrupts
-        from kvrun.engine.events import Notice, Prefill, Stop, Token
+        from kvrun.cli.report import eviction_line
+        from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
         from kvrun.terminal.lines import without_echo
 
         pieces: list[str] = []
@@ -221,6 +230,8 @@ class Chat:
                     self.console.progress("reading", event.done, event.total, unit="tokens")
                 elif isinstance(event, Notice):
                     self.console.notice(event.text)
+                elif isinstance(event, Eviction):
+                    self.console.notice(eviction_line(event))
                 elif isinstance(event, Stop):
                     end = event
         pieces.append(end.text)

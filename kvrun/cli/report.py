@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvrun.backends.batch import Sampler
     from kvrun.cli.options import ModelOptions
     from kvrun.engine import Engine
-    from kvrun.engine.events import Stop, Token, TokenLogprob
+    from kvrun.engine.events import Eviction, Stop, Token, TokenLogprob
     from kvrun.hub.files import ModelFiles
 
 
@@ -23,16 +23,25 @@ def stats_line(engine: Engine, options: ModelOptions, sampler: Sampler, end: Sto
     """Counts, speeds and settings of one answer."""
     stats = end.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    evicted = f" · dropped {stats.evicted_tokens} tok" if stats.evicted_tokens else ""
+    reread = f" · read again {stats.reread_tokens} tok" if stats.reread_tokens else ""
     seed = f" · seed {sampler.seed}" if sampler.temperature > 0 else " · greedy"
     return (f"prompt {stats.prompt_tokens} tok{cached} in {stats.prefill_seconds:.2f} s, {stats.prefill_rate:.0f} tok/s"
             f" · answer {stats.generated_tokens} tok in {stats.decode_seconds:.2f} s, {stats.decode_rate:.1f} tok/s"
-            f" · ctx {len(engine.tokens)}/{engine.n_ctx} · kv {options.kv} · {engine.executor.name}{seed} · {end.reason}")
+            f" · ctx {engine.held}/{engine.n_ctx}{evicted}{reread} · kv {options.kv} · {engine.executor.name}{seed} · {end.reason}")
+
+
+def eviction_line(event: Eviction) -> str:
+    """What was dropped, and why."""
+    where = ", ".join(f"{first}-{end - 1}" for first, end in event.positions[:4]) + (", ..." if len(event.positions) > 4 else "")
+    why = {"n_ctx": "context full", "n_positions": "trained length reached"}[event.reason]
+    return f"{why}: dropped {event.tokens} tokens, positions {where}"
 
 
 def answer_json(files: ModelFiles, engine: Engine, options: ModelOptions, sampler: Sampler, tokens: Sequence[Token],
                 end: Stop) -> str:
     """One JSON object and a newline. Without log-probabilities a token's `logprob` is null and its `top` empty;
-    `prompt_logprobs` is null unless --echo asked for it."""
+    `prompt_logprobs` is null unless --echo asked for it. Positions of an eviction are half-open ranges."""
     stats = end.stats
 
     def place(index: int, token: int, record: TokenLogprob | None) -> dict[str, Any]:
@@ -52,6 +61,8 @@ def answer_json(files: ModelFiles, engine: Engine, options: ModelOptions, sample
                   "completion_tokens": stats.generated_tokens, "total_tokens": stats.prompt_tokens + stats.generated_tokens},
         "timing": {"prefill_seconds": stats.prefill_seconds, "prefill_tokens_per_second": stats.prefill_rate,
                    "decode_seconds": stats.decode_seconds, "decode_tokens_per_second": stats.decode_rate},
+        "evicted_tokens": stats.evicted_tokens, "reread_tokens": stats.reread_tokens,
+        "evictions": [{"reason": e.reason, "tokens": e.tokens, "positions": e.positions} for e in stats.evictions],
         "n_ctx": engine.n_ctx, "kv": options.kv, "device": engine.executor.name,
         "seed": sampler.seed, "sampling": {k: v for k, v in asdict(sampler).items() if k != "seed"},
     })

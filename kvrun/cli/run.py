@@ -26,6 +26,7 @@ class RunOptions:
     """What `kvrun run` was asked for. logprobs: alternatives to report with each token; None: no log-probabilities."""
 
     model: opt.ModelOptions
+    overflow: opt.OverflowOptions
     sampling: opt.SamplingOptions
     output: opt.OutputOptions
     prompt: str | None
@@ -54,6 +55,8 @@ def run(
     n_ctx: opt.NCtx = None,
     kv: opt.Kv = "f16",
     overflow: opt.Overflow = "stop",
+    keep: opt.Keep = None,
+    evict: opt.Evict = None,
     device: opt.DeviceOption = "auto",
     threads: opt.Threads = None,
     max_tokens: opt.MaxTokens = None,
@@ -76,7 +79,9 @@ def run(
 
     The answer, and nothing else, goes to standard output as it is computed, ending with exactly one newline; --json
     has it unchanged. A chat model gets the prompt through its chat template; a model without one continues it.
-    When the context is full before the answer ends, the exit code is 7.
+    When the context is full before the answer ends, the exit code is 7; with --overflow evict, old text is dropped
+    from it instead, each time with a line on standard error, and the answer goes on until the model or --max-tokens
+    ends it.
 
     \b
     Examples:
@@ -84,10 +89,13 @@ def run(
       git log --oneline | kvrun run smollm2-135m "Summarize these changes:"
       kvrun run gemma3-270m --raw --max-tokens 40 "Once upon a time"
       kvrun run smollm2-135m -f notes.txt "What is still open?" --temp 0 --stats
+      kvrun run smollm2-135m -f book.txt "What happened last?" -n 2048 --overflow evict --keep 200
+      kvrun run smollm2-135m --raw -n 1024 --overflow evict --evict strided --max-tokens 5000 "Once upon a time"
       kvrun run smollm2-135m --raw --json --logprobs 5 --echo --max-tokens 1 "The sky is"
     """
     return _run(RunOptions(
         model=opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline, template_file),
+        overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose),
         prompt=prompt, files=tuple(file or ()), raw=raw, system=system, json=json, stats=stats, logprobs=logprobs, echo=echo))
@@ -99,6 +107,7 @@ def _run(options: RunOptions) -> int:
         raise UsageError("--logprobs and --echo go into the JSON; add --json")
     if options.raw and (options.system or options.model.template_file):
         raise UsageError("--raw uses no chat template, so it goes with neither --system nor --template-file")
+    opt.check_overflow(options.overflow)
     from kvrun.cli.prompt import gather_prompt
 
     prompt = gather_prompt(options.prompt, options.files, raw=options.raw)
@@ -126,9 +135,10 @@ def _encode(options: RunOptions, engine: Engine, prompt: str) -> list[int]:
 
 def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: Engine, prompt: str) -> int:
     from kvrun.cli.interrupts import interrupts
-    from kvrun.cli.report import answer_json, stats_line
-    from kvrun.engine.events import Notice, Prefill, Stop, Token
+    from kvrun.cli.report import answer_json, eviction_line, stats_line
+    from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
 
+    opt.set_overflow(options.overflow, engine, files, options.system, chat=not _continues(options, engine))
     sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
     events = engine.generate(_encode(options, engine, prompt), sampler=sampler, max_tokens=options.sampling.max_tokens,
                              stop=options.sampling.stop, logprobs=options.logprobs or 0, echo=options.echo,
@@ -145,6 +155,8 @@ def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: En
                 console.progress("reading the prompt", event.done, event.total, unit="tokens")
             elif isinstance(event, Notice):
                 console.notice(event.text)
+            elif isinstance(event, Eviction):
+                console.notice(eviction_line(event))
             elif isinstance(event, Stop):
                 end = event
     assert end is not None
@@ -159,5 +171,5 @@ def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: En
         return 130
     if end.reason == "context":
         raise ContextFullError(f"the answer was cut: prompt and answer fill all {engine.n_ctx} tokens of context; "
-                               "use a larger --n-ctx, or --max-tokens")
+                               "use a larger --n-ctx, --max-tokens, or --overflow evict")
     return 0

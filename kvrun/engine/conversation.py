@@ -11,6 +11,14 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
+def head_tokens(text: Text, system: str | None) -> int:
+    """How many ids every conversation with this system prompt begins with, the template's own ones included."""
+    messages = [{"role": "system", "content": system}] if system else []
+    one, other = (text.encode_chat([*messages, {"role": "user", "content": content}], add_generation_prompt=True)
+                  for content in ("A", "7"))
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class Conversation:
     """Messages in the form that chat templates take, and the ids that stand for them in the cache.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvrun.engine.events import Notice, Prefill, Stop, Token
+from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    evictions: list[Eviction] = field(default_factory=list)
     stop: Stop | None = None
 
     @property
@@ -36,6 +37,8 @@ def collect(events) -> Answer:
             answer.prefills.append(event)
         elif isinstance(event, Notice):
             answer.notices.append(event)
+        elif isinstance(event, Eviction):
+            answer.evictions.append(event)
         elif isinstance(event, Stop):
             answer.stop = event
             answer.text += event.text
