@@ -9,7 +9,7 @@ Frames, both ways: 8 bytes little-endian length, then JSON. Request: {"source", 
 {"error": kind, "message"}; kinds: "refused" (the template raised), "failed" (it could not be carried out), "broken"
 (it is no template).
 
-Argument: JSON of {"path": sys.path, "memory": bytes of address space, "seconds": of computing a request may take}.
+Argument: JSON of {"path": sys.path, "memory": bytes it may take, "seconds": of computing a request may take}.
 """
 
 import json
@@ -23,6 +23,11 @@ def _limit(memory: int) -> None:
         import resource
     except ImportError:
         return                  # no such limits on Windows; the deadline of template.py holds there too
+    try:
+        with open("/proc/self/statm") as f:
+            memory += int(f.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        memory += 64 << 20
     for name, value in (("RLIMIT_AS", memory), ("RLIMIT_DATA", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0),
                         ("RLIMIT_NPROC", 0)):
         limit = getattr(resource, name, None)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from kvrun.errors import ModelError
 
-_SECONDS = 1.0              # of computing for one rendering; the slowest known template takes 0.1, most take 0.01
+_SECONDS = 1.5              # of computing for one rendering; the slowest of 70 real templates takes 0.06
 _PATIENCE = 15.0 if hasattr(signal, "setitimer") else 1.5       # seconds to wait for it, should the machine be busy
 _START_SECONDS = 30.0       # for the process to answer its first request, on a machine that is busy
-_MEMORY = 256 << 20         # address space
+_MEMORY = 256 << 20         # address space on top of what the process has at its start
 _MAX_TEXT = 64 << 20        # bytes of a rendered conversation
 _MAX_SOURCE = 1 << 20       # characters of a template; the longest known one has 20,000
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -59,7 +59,7 @@ class ChatTemplate:
                **variables) -> str:
         """The conversation as text. variables: further names for the template; bos_token and its like among them.
 
-        TemplateError: it raised. ModelError: it is no template, or went over its limits (1 s, 256 MiB, 64 MiB of text).
+        TemplateError: it raised. ModelError: it is no template, or went over its limits (1.5 s, 256 MiB, 64 MiB of text).
         """
         # A key that says nothing is the same as none: many templates would print "None" (transformers drops them too).
         said = [{key: value for key, value in message.items() if value is not None} for message in messages]
