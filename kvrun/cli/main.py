@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kvrun import __version__
-from kvrun.cli import chat, compare, doctor, ls, plan, pull, rm, run, show, verify
+from kvrun.cli import bench, chat, compare, doctor, ls, plan, pull, rm, run, show, verify
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams
 
@@ -45,7 +45,7 @@ def kvrun(version: Annotated[bool, typer.Option(
     """
 
 
-for command in (run.run, chat.chat, plan.plan, compare.compare, pull.pull, ls.ls, show.show, verify.verify, rm.rm, doctor.doctor):
+for command in (run.run, chat.chat, plan.plan, compare.compare, bench.bench, pull.pull, ls.ls, show.show, verify.verify, rm.rm, doctor.doctor):
     app.command(command.__name__)(command)
 
 _ClickException = typer.BadParameter.__base__.__base__
