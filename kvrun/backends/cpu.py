@@ -124,6 +124,11 @@ class CpuExecutor:
         self._max_pages = max_pages
 
     @property
+    def work_bytes(self) -> int:
+        """Bytes of activations, logits and scratch."""
+        return self._work.n_bytes
+
+    @property
     def appended(self) -> int:
         """(row, layer) pairs whose K and V were computed since the start."""
         return self._state.appended

@@ -85,15 +85,15 @@ def largest_n_ctx(plan_for: Callable[[int], MemoryPlan], limit: int, upper: int)
 
 
 def check_fits(plan_for: Callable[[int], MemoryPlan], n_ctx: int, available: int | None,
-               headroom: float = DEFAULT_HEADROOM) -> MemoryPlan:
-    """The plan for n_ctx. OutOfMemoryError, with the largest n_ctx that fits, when it takes more than `available`
-    bytes less the share `headroom`."""
+               headroom: float = DEFAULT_HEADROOM, advise: Callable[[int], str] = lambda n: f"use --n-ctx {n}") -> MemoryPlan:
+    """The plan for n_ctx. OutOfMemoryError, with the largest n_ctx that fits as `advise` words it, when it takes more
+    than `available` bytes less the share `headroom`."""
     plan = plan_for(n_ctx)
     limit = usable(available, headroom)
     if limit is None or plan.total <= limit:
         return plan
     fits = largest_n_ctx(plan_for, limit, n_ctx)
-    advice = f"use --n-ctx {fits}" if fits else "not even the shortest context fits: choose a smaller model"
+    advice = advise(fits) if fits else "not even the shortest context fits: choose a smaller model"
     mib = 2**20
     raise OutOfMemoryError(
         f"{plan.total / mib:.0f} MiB needed for n_ctx {n_ctx} (weights {plan.weights / mib:.0f}, cache {plan.cache / mib:.0f}, "

@@ -100,7 +100,7 @@ def _bench(options: BenchOptions, console: Console) -> None:
         random = options.random or files.kind == "config"
         about = {"model": files.name, "device": device, "threads": blueprint.threads, "random_weights": random,
                  "weights_bytes": blueprint.weight_bytes, "read_bytes_per_second": speed, "repeat": options.repeat}
-        with Model(blueprint, max(depths) + DEFAULT_CHUNK, options.kvs, random=random,
+        with Model(blueprint, max(depths) + DEFAULT_CHUNK, options.kvs, random=random, rewinds=DEFAULT_CHUNK,
                    report=lambda done, total: console.progress("loading", done, total, unit="B")) as model:
             measured = measure(model, depths, bandwidth=speed, repeat=options.repeat, no_cache=options.no_cache,
                                progress=lambda what, done, total: console.progress(what, done, total, unit="tokens" if total else ""))

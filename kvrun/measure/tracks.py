@@ -15,6 +15,7 @@ from kvrun.errors import UsageError
 if TYPE_CHECKING:
     from kvrun.backends.executor import Executor
     from kvrun.blueprint import Blueprint
+    from kvrun.weights.loaded import LoadedWeights
 
 Report = Callable[[int, int], None]
 
@@ -55,7 +56,7 @@ class Track:
         return np.asarray(self.executor.logits())
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens; of a sliding group at most a step back (see Model.track)."""
+        """Forgets all but the first `length` tokens; of a sliding group at most Model.rewinds back."""
         if not self._sequence.truncate(length):
             raise ValueError(f"the window has moved on from token {length}")
 
@@ -75,26 +76,29 @@ class Track:
 class Model:
     """Weights in memory once, and any number of tracks of n_ctx tokens over them."""
 
-    def __init__(self, blueprint: Blueprint, n_ctx: int, kvs: Items[str], *, random: bool = False,
+    def __init__(self, blueprint: Blueprint, n_ctx: int, kvs: Items[str], *, random: bool = False, rewinds: int = 0,
                  report: Report | None = None) -> None:
-        """kvs: the format of each track. random: weights of the model's shape in place of its own. report: told of the
-        bytes loaded. Checks that all of it fits before anything is read. Errors: OutOfMemoryError, ModelError, UsageError."""
+        """kvs: the format of each track. random: weights of the model's shape in place of its own. rewinds: tokens that
+        every track can go back by, also where a window has moved on. report: told of the values loaded. Checks that all
+        of it fits before anything is read. Errors: OutOfMemoryError, ModelError, UsageError."""
         for kv in kvs:
             blueprint.formats(kv)
         self.blueprint = blueprint
         self.n_ctx = n_ctx
         self.plan = blueprint.plan(n_ctx)
-        check_fits(lambda n: self._memory(kvs, n), n_ctx, available_memory())
-        self._weights = None
+        check_fits(lambda n: self._memory(kvs, n), n_ctx, available_memory(),
+                   advise=lambda n: f"{n} tokens of context would fit: less of them, or fewer formats at once")
+        self.rewinds = rewinds
+        self.weights: LoadedWeights | None = None  # of native executors; the reference shares its own
         self.tracks: list[Track] = []
         random = random or blueprint.source is None
         if blueprint.shape.device != "reference":
             from kvrun.weights.loaded import LoadedWeights
 
             if random:
-                self._weights = LoadedWeights.random(blueprint.packed, self.plan, progress=report)
+                self.weights = LoadedWeights.random(blueprint.packed, self.plan, progress=report)
             else:
-                self._weights = LoadedWeights.read(blueprint.packed, self.plan, blueprint.source, blueprint.refs, blueprint.threads, report)
+                self.weights = LoadedWeights.read(blueprint.packed, self.plan, blueprint.source, blueprint.refs, blueprint.threads, report)
         elif random:
             raise UsageError("random weights need the native kernels; use --device cpu")
         try:
@@ -109,17 +113,16 @@ class Model:
         return MemoryPlan(n_ctx, self.blueprint.weight_bytes, sum(p.cache for p in plans), sum(p.workspace for p in plans))
 
     def _open(self, kv: str) -> Track:
-        # Room for a second chunk, so that a sliding group too can go back by one and measure it again.
-        pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=2 * self.plan.max_rows, kv=self.blueprint.formats(kv))
+        pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=self.plan.max_rows + self.rewinds, kv=self.blueprint.formats(kv))
         try:
-            if self._weights is None:
+            if self.weights is None:
                 from kvrun.backends.reference import ReferenceExecutor
 
                 like = self.tracks[0].executor if self.tracks else None
                 return Track(kv, ReferenceExecutor(self.plan, self.blueprint.source, self.blueprint.refs, pool, like=like), pool)
             from kvrun.backends.cpu import CpuExecutor
 
-            return Track(kv, CpuExecutor(self.plan, self._weights.matrices, self._weights.vectors, pool, threads=self.blueprint.threads), pool)
+            return Track(kv, CpuExecutor(self.plan, self.weights.matrices, self.weights.vectors, pool, threads=self.blueprint.threads), pool)
         except BaseException:
             pool.close()
             raise
@@ -129,9 +132,9 @@ class Model:
         for track in self.tracks:
             track.close()
         self.tracks = []
-        if self._weights is not None:
-            self._weights.close()
-            self._weights = None
+        if self.weights is not None:
+            self.weights.close()
+            self.weights = None
 
     def __enter__(self) -> Self:
         return self
