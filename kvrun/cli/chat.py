@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvrun.terminal import Console
     from kvrun.terminal.lines import LineReader
 
+_MENDS = "/clear forgets the conversation, and a chat with --overflow evict drops its oldest turns"
+
 
 @dataclass(frozen=True)
 class ChatOptions:
@@ -190,7 +192,7 @@ class Chat:
             sampling = self.options.sampling
             events = self.engine.generate(self.conversation.ask(message), sampler=self.sampler, max_tokens=sampling.max_tokens, stop=sampling.stop)
         except ContextFullError as error:
-            self.console.report(f"context full: {error}; /clear forgets the conversation, --overflow evict drops its oldest turns")
+            self.console.report(f"context full: {error}; {_MENDS}")
             return
         except TemplateError as error:
             self.console.error(str(error))
@@ -203,7 +205,7 @@ class Chat:
 
             self.console.report(stats_line(self.engine, self.options.model, self.sampler, end))
         if end.reason == "context":
-            self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; /clear forgets the conversation, --overflow evict drops its oldest turns")
+            self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; {_MENDS}")
         elif end.reason == "interrupt":
             if not self._on_terminal:
                 raise KeyboardInterrupt

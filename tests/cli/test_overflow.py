@@ -1,0 +1,129 @@
+"""--overflow, --keep and --evict as users have them."""
+
+import json
+import re
+
+import pytest
+
+from ..engine.tiny_model import random_model, scripted_model
+from .conftest import LINES
+
+PAGE = 128
+
+
+def dropped_on_stderr(err: bytes) -> int:
+    return sum(int(n) for n in re.findall(rb"kvrun: context full: dropped (\d+) tokens, positions \d+-\d+", err))
+
+
+@pytest.mark.parametrize("policy", [[], ["--evict", "strided"]])
+def test_an_answer_goes_on_and_what_is_dropped_is_said(kvrun, endless, policy):
+    args = ("run", endless, "go", "-n", "512", "--overflow", "evict", *policy, "--max-tokens", "1200")
+    result = kvrun(*args, "--stats")
+    assert result.returncode == 0 and result.stdout == b"".join((LINES * 20)[:1200])
+    *notices, stats = result.stderr.splitlines()
+    dropped = dropped_on_stderr(result.stderr)
+    assert dropped == PAGE * len(notices) and f" · dropped {dropped} tok · ".encode() in stats
+    held = int(re.search(rb"ctx (\d+)/512", stats)[1])
+    said = json.loads(kvrun(*args, "--json").stdout)
+    assert said["evicted_tokens"] == dropped == sum(e["tokens"] for e in said["evictions"])
+    # all but the last drawn token were read or said, and are held or were dropped
+    assert held + dropped == said["usage"]["total_tokens"] - 1
+    for eviction in said["evictions"]:
+        assert eviction["reason"] == "n_ctx" and eviction["tokens"] == sum(b - a for a, b in eviction["positions"])
+        assert all(a >= PAGE for a, _ in eviction["positions"]), "the first page stays"
+    assert said["reread_tokens"] == 0 and said["finish_reason"] == "length"
+    quiet = kvrun(*args, "-q")
+    assert quiet.stderr == b"" and quiet.stdout == result.stdout
+
+
+def test_json_of_an_answer_that_fits(kvrun, scripted):
+    said = json.loads(kvrun("run", scripted, "x", "--json", "-n", "512", "--overflow", "evict").stdout)
+    assert (said["evicted_tokens"], said["evictions"], said["reread_tokens"]) == (0, [], 0)
+
+
+def test_a_prompt_longer_than_the_context(kvrun, scripted):
+    text = "word " * 300
+    refused = kvrun("run", scripted, text, "-n", "512")
+    assert refused.returncode == 7 and re.search(rb"\d{4} tokens .* 512", refused.stderr) and refused.stderr.count(b"\n") == 1
+    said = json.loads(kvrun("run", scripted, text, "-n", "512", "--overflow", "evict", "--json").stdout)
+    assert said["finish_reason"] == "eos" and said["usage"]["prompt_tokens"] > 1500
+    assert said["usage"]["prompt_tokens"] + 4 - said["evicted_tokens"] <= 512
+
+
+def test_keep(kvrun, endless):
+    def lowest(*args) -> int:
+        said = json.loads(kvrun("run", endless, "go", "-n", "1024", "--overflow", "evict", "--max-tokens", "1100", "--json", *args).stdout)
+        return min(a for e in said["evictions"] for a, _ in e["positions"])
+
+    assert lowest() == PAGE
+    assert lowest("--keep", "300") == 3 * PAGE
+    assert lowest("-s", "be brief " * 40) == 3 * PAGE, "the system prompt is kept"
+    assert lowest("-s", "be brief " * 40, "--keep", "0") == PAGE
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--overflow", "evict", "--keep", "600", "-n", "512"], "--keep 600 .*--n-ctx 512: at most 256 "),
+    (["--overflow", "evict", "-n", "256"], "--n-ctx 384 or more"),
+    (["--overflow", "evict", "-n", "512", "-s", "long " * 100], "at most 256 "),
+    (["--keep", "10"], "--overflow evict"),
+    (["--evict", "strided"], "--overflow evict"),
+    (["--overflow", "evict", "--evict", "lru"], "lru"),
+    (["--overflow", "wrap"], "wrap"),
+    (["--overflow", "evict", "--keep", "-1"], "--keep"),
+])
+def test_what_cannot_be(kvrun, scripted, args, message):
+    for command in (["run", scripted, "x"], ["chat", scripted]):
+        result = kvrun(*command, *args, input=b"x\n")
+        assert result.returncode == 2 and result.stdout == b"" and result.stderr.count(b"\n") == 1
+        assert re.search(message.encode(), result.stderr), result.stderr
+
+
+@pytest.fixture(scope="session")
+def short_range(tmp_path_factory):
+    """Counts lines for ever; trained for 512 positions."""
+    folder = scripted_model(tmp_path_factory.mktemp("short"), LINES, loop=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+def test_the_trained_length_is_said(kvrun, short_range):
+    args = ("run", short_range, "go", "-n", "512", "--overflow", "evict", "--max-tokens", "1000")
+    result = kvrun(*args)
+    assert result.returncode == 0 and result.stdout == b"".join((LINES * 20)[:1000])
+    rereads = re.findall(rb"position 512 is the last .*: reading the (\d+) tokens", result.stderr)
+    said = json.loads(kvrun(*args, "--json").stdout)
+    assert said["reread_tokens"] == sum(map(int, rereads)) == 320 * len(rereads) > 0
+    assert {e["reason"] for e in said["evictions"]} == {"n_positions"}
+    assert said["evicted_tokens"] == sum(map(int, re.findall(rb"trained length reached: dropped (\d+) tokens", result.stderr)))
+
+
+def test_a_chat_far_past_its_context(kvrun, tmp_path):
+    folder = scripted_model(tmp_path / "m", [b"yes", b"!"])
+    messages = b"".join(b"message %d %s\n" % (i, b"and so on " * 12) for i in range(40))
+    result = kvrun("chat", folder, "-n", "512", "--overflow", "evict", "-s", "be brief", "--stats", input=messages)
+    assert result.returncode == 0 and result.stdout == b"yes!\n" * 40
+    prompts = [(int(n), int(cached)) for n, cached in re.findall(rb"prompt (\d+) tok \((\d+) cached\)", result.stderr)]
+    assert prompts[-1][0] > 10 * 512 and all(cached < 512 for _, cached in prompts)
+    assert dropped_on_stderr(result.stderr) > 9 * 512 and b"again" not in result.stderr
+    stopping = kvrun("chat", folder, "-n", "512", "-s", "be brief", input=messages)
+    assert b"context full: the prompt has" in stopping.stderr and b"--overflow evict" in stopping.stderr
+
+
+def test_a_drop_amid_the_answer_has_its_own_line(environment, endless):
+    from .conftest import KVRUN
+    from .terminal import Screen
+
+    screen = Screen([*KVRUN, "run", str(endless), "go", "-n", "384", "--overflow", "evict", "--max-tokens", "420"], environment,
+                    rows=450, columns=100)
+    assert screen.end() == 0
+    lines = screen.display.rstrip().split("\n")
+    notices = [line for line in lines if line.startswith("kvrun: context full: dropped 128 tokens")]
+    assert len(notices) >= 1 and all(re.fullmatch(r"line \d+|kvrun: .*", line) for line in lines)
+
+
+def test_logprobs_of_a_long_prompt(kvrun, tmp_path):
+    folder = random_model(tmp_path / "m", 7, template=None)
+    said = json.loads(kvrun("run", folder, "word " * 200, "-n", "512", "--overflow", "evict", "--json", "--echo", "--max-tokens", "1").stdout)
+    assert len(said["prompt_logprobs"]) == said["usage"]["prompt_tokens"] > 990
+    assert said["evicted_tokens"] >= 489
