@@ -25,8 +25,11 @@ def kl_divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
     """KL(p || q) of each row, in nats."""
     def log_softmax(x: np.ndarray) -> np.ndarray:
         x = x.astype(np.float64)
-        x = x - x.max(axis=-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+        x = x - x.max()
+        return x - np.log(np.exp(x).sum())
 
-    p, q = log_softmax(p_logits), log_softmax(q_logits)
-    return (np.exp(p) * (p - q)).sum(axis=-1)
+    rows = []
+    for p_row, q_row in zip(p_logits, q_logits, strict=True):  # row by row: whole vocabularies in float64 are large
+        p, q = log_softmax(p_row), log_softmax(q_row)
+        rows.append((np.exp(p) * (p - q)).sum())
+    return np.array(rows)

@@ -67,12 +67,16 @@ def test_rows_do_not_depend_on_the_chunk(engines) -> None:
     assert np.array_equal(whole, logits_of(cpu, ids, chunk=50))
 
 
-def test_greedy_answers_agree_with_the_reference(engines, smollm2) -> None:
+def test_greedy_answers_agree_with_the_reference(engines) -> None:
+    """An answer is the reference's own greedy answer when each of its tokens is the likeliest after those before it."""
     reference, cpu = engines
     same = 0
     for prompt in PROMPTS:
         ids = cpu.text.encode_chat([{"role": "user", "content": prompt}]) if cpu.text.has_template else cpu.text.encode(prompt)
-        same += greedy(reference, ids, 64) == greedy(cpu, ids, 64)
+        answer = greedy(cpu, ids, 64)
+        assert answer
+        logits = logits_of(reference, ids + answer[:-1], chunk=64)
+        same += answer == logits[len(ids) - 1 :].argmax(axis=-1).tolist()
     assert same >= 18, f"{same} of {len(PROMPTS)} greedy answers equal"
 
 
