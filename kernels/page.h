@@ -13,6 +13,36 @@
  * Cache page of 128 slots, one head of size D (a multiple of 2), format F32, F16 or BF16:
  *   K  [8][D/2][16][2]: 16 tokens in the lanes, channel pairs side by side
  *   V  [64][D][2]: token pairs side by side
+ *
+ * Quantized pages (D a multiple of 16). rotate() is the orthonormal Walsh-Hadamard transform of each block of B channels,
+ * B the largest power of two that divides D (strides 1, 2, 4, ..., one multiplication by 1/sqrt(B) last). Every value is
+ * first rounded to bfloat16; all arithmetic is float32 unless said; f16() rounds to the nearest half, ties to even, after
+ * clamping to +-65504; rint() rounds half to even.
+ *
+ * Q8, appended token by token: y = rotate(x); groups of G = 32 channels (16 where 32 does not divide D);
+ *   scale = f16(max|y| / 127), code = clamp(rint(y / scale), -127, 127), 0 where scale is 0; value = scale*code, rotated.
+ *   K  int8 [8][D][16] (16 tokens in the lanes), then f16 scale [8][D/G][16]
+ *   V  int8 [128][D], then f16 scale [128][D/G]
+ *
+ * Q4 of K, a whole page at a time, not rotated: channels share bytes in pairs, a channel that matters with one that does
+ * not, s bits for the first and 8-s for the second, s in 4..8.
+ *   uint8 row[D/2][128]: byte t of row i = (code of channel high[i]) << (8-s) | code of channel low[i], for slot t
+ *   f16 scale[D]; f16 zero[D]; uint8 chan[D/2][2] (high, low); uint8 split[D/2] (s); padded to a multiple of 64 bytes
+ *   value = scale*code + zero
+ *   importance w[c] = (qsq[c] * range[c]) * range[c], range = max - min over the page's slots (slots of sinks take the
+ *   value of the first slot that is none), qsq[c] = sum over the page's rows in order of slot, then over the query heads
+ *   of the KV head in order, of q[c]^2 (q after RoPE). How codes, scales and splits follow from that is stated in
+ *   kvrun/backends/reference_pages.py, to the bit.
+ * Q4 of V, a whole page at a time: y = rotate(x); groups of G = 64 channels (D where 64 does not divide D); scale =
+ *   f16((max-min)/15), zero = f16(min), code = clamp(rint((y - zero) / scale), 0, 15); where scale is 0: code 0, zero =
+ *   f16(min + 0.5*(max-min)). value = scale*code + zero, rotated.
+ *   uint8 nibble[128][D/2] (channel 2i low, 2i+1 high), then f16 scale[128][D/G], f16 zero[128][D/G]
+ *
+ * Side memory of a sequence in one layer, for Q4; each part present only where its format is Q4, in this order:
+ *   K: bf16 open[kv_heads] (K page layout above), bf16 sinks[kv_heads][D/2][16][2], float qsq[kv_heads][D]
+ *   V: bf16 open[kv_heads] (V page layout above), bf16 sinks[kv_heads][8][D][2]
+ *   padded to a multiple of 64 bytes. A row in slot 0 starts qsq anew. The sinks are copied from the open page when
+ *   the page of position 0 is quantized; its codes of those slots are unspecified and never read.
  */
 #ifndef KVRUN_PAGE_H
 #define KVRUN_PAGE_H
