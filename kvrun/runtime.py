@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvrun.cache.formats import resolve_kv
+from kvrun.cache.formats import PAGE, resolve_kv
 from kvrun.cache.planner import MemoryPlan, available_memory, cache_bytes, check_fits
 from kvrun.errors import UsageError
 
@@ -77,7 +77,7 @@ def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | None = 
     device = choose_device(device, notify)
     text = _Background(lambda: _load_text(files))
     try:
-        return _open(files, text, device, n_ctx, kv, threads, max_out, prefill_chunk, progress)
+        return _open(files, text, device, n_ctx, kv, threads, max_out, prefill_chunk, progress, notify)
     except BaseException:
         text._thread.join()  # let it end before its error or result is dropped
         raise
@@ -90,11 +90,12 @@ def _load_text(files: ModelFiles) -> Text:
 
 
 def _open(files: ModelFiles, text: _Background, device: str, n_ctx: int | None, kv: str, threads: int | None,
-          max_out: int, prefill_chunk: int, progress: Progress | None) -> Engine:
+          max_out: int, prefill_chunk: int, progress: Progress | None, notify: Callable[[str], None]) -> Engine:
     from kvrun.cache.pool import Pool
     from kvrun.engine import Engine
     from kvrun.models import build_plan, check_tensors, load_spec, tensor_refs
     from kvrun.weights import open_source
+    from kvrun.weights.key_bias import choose_formats
 
     where = str(files.path)
     spec = load_spec(files.config, where)
@@ -104,15 +105,19 @@ def _open(files: ModelFiles, text: _Background, device: str, n_ctx: int | None, 
     if n_ctx > spec.n_positions:
         raise UsageError(f"--n-ctx {n_ctx}: {files.name} was trained for {spec.n_positions} positions; use at most that")
     spec = load_spec(files.config, where, n_ctx=n_ctx)
-    formats = resolve_kv(kv, spec.dtype)
+    resolve_kv(kv, spec.dtype)  # a format that does not exist is refused before a file is opened
     if prefill_chunk < 1 or max_out < 1:
         raise UsageError("the prefill chunk and the number of output rows must be at least 1")
-    chunk = min(prefill_chunk, n_ctx)
-    plan = build_plan(spec, max_rows=max(chunk, max_out), max_out=max_out)
     source = open_source(files)
     try:
         refs = tensor_refs(spec, files.config, files.kind)
         check_tensors(spec, refs, source)
+        formats, told = choose_formats(kv, spec, refs, source)
+        if told:
+            notify(told)
+        # No step spans two pages that are quantized whole, so no buffer need hold more rows.
+        chunk = min(prefill_chunk, n_ctx, PAGE if "q4" in formats else n_ctx)
+        plan = build_plan(spec, max_rows=max(chunk, max_out), max_out=max_out)
 
         def report(done: int, total: int) -> None:
             if progress:
@@ -134,7 +139,7 @@ def _open(files: ModelFiles, text: _Background, device: str, n_ctx: int | None, 
             memory = pool()
             executor = ReferenceExecutor(plan, source, refs, memory)
         else:
-            executor, memory = _open_cpu(plan, source, refs, pool, cache_plan, n_ctx, threads, report)
+            executor, memory = _open_cpu(plan, source, refs, pool, cache_plan, n_ctx, threads, report, formats)
     finally:
         source.close()
     try:
@@ -144,7 +149,7 @@ def _open(files: ModelFiles, text: _Background, device: str, n_ctx: int | None, 
         raise
 
 
-def _open_cpu(plan, source, refs, make_pool, cache_plan, n_ctx, threads, report):
+def _open_cpu(plan, source, refs, make_pool, cache_plan, n_ctx, threads, report, kv):
     """The CPU executor and its pool, after the memory check."""
     from kvrun.backends.cpu import CpuExecutor, best_isa, default_threads, scratch_bytes
     from kvrun.backends.memory import Arena
@@ -158,7 +163,7 @@ def _open_cpu(plan, source, refs, make_pool, cache_plan, n_ctx, threads, report)
     n_weights = load.weight_bytes(packed)
 
     def workspace(n: int) -> int:
-        return plan.buffer_bytes() + scratch_bytes(plan, max_pages=-(-n // PAGE), threads=threads, isa=best_isa())
+        return plan.buffer_bytes() + scratch_bytes(plan, max_pages=-(-n // PAGE), threads=threads, isa=best_isa(), kv=kv)
 
     check_fits(cache_plan(n_weights, workspace), n_ctx, available_memory())
     cache = _Background(make_pool)  # clearing the cache's memory goes on beside reading the weights

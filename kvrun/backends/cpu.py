@@ -34,9 +34,9 @@ def best_isa() -> str:
     return list(ISAS)[lib.kv_cpu_isa()]
 
 
-def scratch_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str) -> int:
-    """Bytes of kernel scratch that any step of `plan` needs. Needs no weights."""
-    ops = lower(plan, without_memory)
+def scratch_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str, kv: tuple[str, str]) -> int:
+    """Bytes of kernel scratch that any step of `plan` over a cache of formats `kv` needs. Needs no weights."""
+    ops = lower(plan, lambda operand: without_memory(operand, kv))
     return lib.kv_cpu_scratch(ops, len(plan.ops), plan.max_rows, max_pages, threads, ISAS[isa])
 
 
@@ -55,7 +55,7 @@ class CpuExecutor:
         if self.threads < 1 or self.threads > 1024:
             raise UsageError(f"--threads {self.threads}: must be from 1 to 1024")
         self._pool = pool
-        scratch = scratch_bytes(plan, max_pages=pool.max_pages, threads=self.threads, isa=self.isa)
+        scratch = scratch_bytes(plan, max_pages=pool.max_pages, threads=self.threads, isa=self.isa, kv=pool.kv)
         offsets, end = {}, 0
         for buffer in plan.buffers:
             offsets[buffer.name] = end
@@ -84,7 +84,12 @@ class CpuExecutor:
             if isinstance(operand, CacheRef):
                 group = pool.groups[operand.group]
                 base = group.memory.ctypes.data + operand.index * group.layer_stride
+                side = ffi.NULL
+                if group.side_stride:
+                    side = ffi.cast("void *", group.side.ctypes.data + operand.index * group.side_stride)
+                # kv_table.side is 0, the one sequence of the pool, so the stride between sequences is never used.
                 return {"base": ffi.cast("void *", base), "page_stride": group.page_stride, "v_offset": group.v_offset,
+                        "side": side, "side_stride": group.layout.side_bytes,
                         "k_dtype": DTYPES[group.k_dtype], "v_dtype": DTYPES[group.v_dtype], "group": operand.group}
             raise TypeError(f"no operand: {operand!r}")
 

@@ -85,8 +85,10 @@ class Sequence:
     Pages of a sliding group that have left the window stay until the group needs them, so that a short rewind works.
     """
 
-    def __init__(self, groups: tuple[CacheGroup, ...], free: list[FreeList], n_ctx: int) -> None:
+    def __init__(self, groups: tuple[CacheGroup, ...], free: list[FreeList], n_ctx: int, *, whole_pages: bool = False) -> None:
+        """whole_pages: a page is quantized as a whole, so no step spans two pages and a rewind ends at a page border."""
         self.n_ctx = n_ctx
+        self.whole_pages = whole_pages
         self.length = 0
         self._groups = [_GroupPages(g.window, f) for g, f in zip(groups, free, strict=True)]
 
@@ -107,11 +109,18 @@ class Sequence:
                 group.base.append(base)
         self.length = end
 
+    def most_rows(self, wanted: int) -> int:
+        """How many of the next `wanted` tokens one step may have: those on one page where pages are quantized whole."""
+        return min(wanted, PAGE - self.length % PAGE) if self.whole_pages else wanted
+
     def truncate(self, n: int) -> bool:
-        """Rewinds to the first n tokens. False, with nothing changed, when a sliding group has already given up a
-        page that the next row would see: the caller must then clear and prefill again."""
+        """Rewinds to the first n tokens; with whole pages to the page border below them, unless nothing goes. `length`
+        then says what was kept. False, with nothing changed, when a sliding group has already given up a page that
+        the next row would see: the caller must then clear and prefill again."""
         if n > self.length:
             raise ValueError(f"cannot truncate a sequence of {self.length} tokens to {n}")
+        if self.whole_pages and n < self.length:
+            n -= n % PAGE  # what the open page has gathered about its rows cannot be taken back
         if not all(g.can_rewind(n) for g in self._groups):
             return False
         for group in self._groups:

@@ -98,7 +98,7 @@ class Engine:
                 break
             shared += 1
         if self.sequence.truncate(shared):
-            del self.tokens[shared:]
+            del self.tokens[self.sequence.length:]
             return None
         self._clear()
         return (f"reading the whole prompt again: the sliding window has moved past token {shared}, "
@@ -110,7 +110,7 @@ class Engine:
         drawn: list[int] = []
         while len(self.tokens) < len(job.ids) and not self._interrupted:
             start = len(self.tokens)
-            part = job.ids[start : start + rows]
+            part = job.ids[start : start + self.sequence.most_rows(rows)]
             draws = start + len(part) == len(job.ids) and job.max_tokens != 0
             out_rows = list(range(len(part))) if job.echo else [len(part) - 1] if draws else []
             drawn = self._step(part, job, prefill=True, out_rows=out_rows, draw=draws)
@@ -164,7 +164,9 @@ class Engine:
                 sampler=job.sampler if draw else None, recent=list(job.seen)))
             self.tokens += part
         except BaseException:
-            if not self.sequence.truncate(len(self.tokens)):
+            if self.sequence.truncate(len(self.tokens)):
+                del self.tokens[self.sequence.length:]
+            else:
                 self._clear()
             raise
         return drawn
