@@ -55,6 +55,7 @@ class CpuExecutor:
         if self.threads < 1 or self.threads > 1024:
             raise UsageError(f"--threads {self.threads}: must be from 1 to 1024")
         self._pool = pool
+        self.kv: tuple[str, str] = pool.kv
         scratch = scratch_bytes(plan, max_pages=pool.max_pages, threads=self.threads, isa=self.isa, kv=pool.kv)
         offsets, end = {}, 0
         for buffer in plan.buffers:

@@ -50,7 +50,7 @@ class ReferenceExecutor:
     name = "reference"
 
     def __init__(self, plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], pool):
-        self.plan, self.appended, self._pool, self._n_out = plan, 0, pool, 0
+        self.plan, self.kv, self.appended, self._pool, self._n_out = plan, pool.kv, 0, pool, 0
         self._values: dict[object, torch.Tensor] = {}
         for operand in (*plan.weights, *plan.vectors):
             self._values[operand] = self._read(operand, source, refs)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kvrun.backends.plan import Vector
 from kvrun.cache.formats import check_head_dim, resolve_kv
+from kvrun.errors import ModelError
 from kvrun.models.spec import ModelSpec, TensorRef
-from kvrun.weights.source import TensorSource
+from kvrun.weights.source import RawTensor, TensorSource
 
 KEY_BIAS_LIMIT = 32.0
 """The largest bias of K that 4-bit pages take. RoPE turns a bias b into a swing of 2|b| within a page, and a channel's
@@ -19,12 +19,20 @@ Qwen 2 and 2.5 have biases of a hundred and more."""
 
 def largest_key_bias(spec: ModelSpec, refs: Mapping[str, TensorRef], source: TensorSource) -> float:
     """max |bias| of K over all layers; 0 for a model without."""
-    from kvrun.weights.load import read_vector
-
     if not spec.qkv_bias:
         return 0.0
-    names = [f"layers.{i}.k_bias" for i in range(len(spec.layers))]
-    return max(float(np.abs(read_vector(Vector(n, (n,), spec.kv_heads * spec.head_dim), source, refs)).max()) for n in names)
+    parts = [refs[f"layers.{i}.k_bias"] for i in range(len(spec.layers))]
+    return max(float(np.abs(_values(source.read(p.name, p.start, p.stop))).max()) for p in parts)
+
+
+def _values(raw: RawTensor) -> np.ndarray:
+    """A vector as float32. Files hold vectors as plain numbers, whatever they do with matrices."""
+    data = np.frombuffer(raw.data, np.uint8)
+    if raw.dtype == "bf16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if raw.dtype not in ("f32", "f16"):
+        raise ModelError(f"{raw.name}: a bias stored as {raw.dtype}; convert the model with its vectors in float32")
+    return data.view(np.float32 if raw.dtype == "f32" else np.float16).astype(np.float32)
 
 
 def choose_formats(kv: str, spec: ModelSpec, refs: Mapping[str, TensorRef], source: TensorSource | None) -> tuple[tuple[str, str], str | None]:

@@ -125,7 +125,7 @@ def test_sequences_side_by_side_with_holes_and_rubbish(rng, window, softcap, sin
 def test_numbers_that_are_not_finite_are_an_error():
     logits = Buffer("logits", 5, True)
     plan = Plan((Op("sample", -1, dict(logits=logits, vocab=5)),), (), 5, 2, 2, logits)
-    executor = ReferenceExecutor(plan, Parameters(), {}, SimpleNamespace(groups=[], close=lambda: None))
+    executor = ReferenceExecutor(plan, Parameters(), {}, SimpleNamespace(groups=[], kv=("f32", "f32"), close=lambda: None))
 
     def step(values, sampler):
         executor._values[logits][0] = torch.tensor(values)
