@@ -68,6 +68,12 @@ def resolve_kv(kv: str, model_dtype: str) -> tuple[str, str]:
     return k, v
 
 
+def kv_name(kv: tuple[str, str]) -> str:
+    """The --kv that means these storage formats."""
+    names = ["f16" if f == "bf16" else f for f in kv]
+    return names[0] if names[0] == names[1] else "/".join(names)
+
+
 def check_head_dim(kv: tuple[str, str], head_dim: int) -> None:
     """UsageError when no page of these formats can hold heads of `head_dim` channels."""
     quantized = [f for f in kv if f in _QUANTIZED]

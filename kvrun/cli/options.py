@@ -25,6 +25,8 @@ Model = Annotated[str, typer.Argument(
 NCtx = Annotated[int | None, typer.Option(
     "-n", "--n-ctx", metavar="N", min=1, show_default=False,
     help="Tokens of context, allocated at start. Default: the alias' value, else the trained length, at most 8192.")]
+
+
 def _known_format(kv: str) -> str:
     from kvrun.cache.formats import resolve_kv
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kvrun.cache.formats import check_head_dim, resolve_kv
+from kvrun.cache.formats import check_head_dim, kv_name, resolve_kv
 from kvrun.errors import ModelError
 from kvrun.models.spec import ModelSpec, TensorRef
 from kvrun.weights.source import RawTensor, TensorSource
@@ -45,4 +45,5 @@ def choose_formats(kv: str, spec: ModelSpec, refs: Mapping[str, TensorRef], sour
     bias = largest_key_bias(spec, refs, source)
     if not bias > KEY_BIAS_LIMIT:
         return formats, None
-    return ("q8", formats[1]), f"--kv {kv}: this model's keys have a bias of {bias:.0f}, too far out for 4 bits; K stays at 8 (q8/{formats[1]})"
+    kept = ("q8", formats[1])
+    return kept, f"--kv {kv}: this model's keys have a bias of {bias:.0f}, too far out for 4 bits; K stays at 8 ({kv_name(kept)})"

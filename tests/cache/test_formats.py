@@ -3,7 +3,7 @@
 import pytest
 
 from kvrun.backends.plan import CacheGroup
-from kvrun.cache.formats import PAGE, check_head_dim, group_layout, page_head_bytes, resolve_kv, side_bytes
+from kvrun.cache.formats import PAGE, check_head_dim, group_layout, kv_name, page_head_bytes, resolve_kv, side_bytes
 from kvrun.errors import UsageError
 
 FORMATS = ("f32", "f16", "bf16", "q8", "q4")
@@ -17,6 +17,9 @@ def test_names() -> None:
     assert resolve_kv("f16/q4", "bfloat16") == ("bf16", "q4")
     assert resolve_kv("q4/f16", "float16") == ("q4", "f16")
     assert resolve_kv("f32/f32", "bfloat16") == ("f32", "f32")
+    for kv in ("f16", "f32", "q8", "q4", "q8/q4", "f16/q4", "q4/f16"):
+        for dtype in ("float16", "bfloat16"):
+            assert kv_name(resolve_kv(kv, dtype)) == kv
 
 
 @pytest.mark.parametrize("kv", ["q3", "", "/", "q8/", "/q4", "q8/q4/q4", "Q8", "bf16", "q8 /q4", "f32/q8", "q4/f32", "q4_0"])

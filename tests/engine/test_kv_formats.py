@@ -135,8 +135,8 @@ def test_biased_keys_keep_8_bits_and_the_user_is_told(tmp_path, rng, bias, stays
     assert formats == ("q8" if stays else "q4", "q4")
     assert bool(told) == stays
     if stays:
-        assert "120" in told[0] and "q8/q4" in told[0] and "\n" not in told[0]
-        assert opened("q4/q8") [0] == ("q8", "q8")
+        assert "120" in told[0] and "(q8)" not in told[0] and "q8/q4" in told[0] and "\n" not in told[0]
+        assert opened("q4/q8")[0] == ("q8", "q8")
     for kv in ("q8", "q8/q4"):
         assert opened(kv) == (tuple((kv + "/" + kv).split("/")[:2]), [])
 
