@@ -14,7 +14,7 @@
  *   K  [8][D/2][16][2]: 16 tokens in the lanes, channel pairs side by side
  *   V  [64][D][2]: token pairs side by side
  *
- * Quantized pages (D a multiple of 16). rotate() is the orthonormal Walsh-Hadamard transform of each block of B channels,
+ * Quantized pages (D a multiple of 16, at most 256). rotate() is the orthonormal Walsh-Hadamard transform of each block of B channels,
  * B the largest power of two that divides D (strides 1, 2, 4, ..., one multiplication by 1/sqrt(B) last). Every value is
  * first rounded to bfloat16; all arithmetic is float32 unless said; f16() rounds to the nearest half, ties to even, after
  * clamping to +-65504; rint() rounds half to even.
@@ -50,6 +50,7 @@
 
 #define KV_Q8_BLOCK 544
 #define KV_Q4_BLOCK 320
+#define KV_MAX_QUANT_DIM 256     /* largest head size of a quantized page: a channel number is one byte */
 
 /* Element index of channel c of the token in slot t within one head's K (V) of a page. */
 static inline int64_t kv_k_index(int t, int c, int head_dim) {
@@ -57,5 +58,32 @@ static inline int64_t kv_k_index(int t, int c, int head_dim) {
 }
 static inline int64_t kv_v_index(int t, int c, int head_dim) {
     return ((int64_t)(t / 2) * head_dim + c) * 2 + t % 2;
+}
+
+/* Channels that share a scale: of a Q8 page, of V in a Q4 page. */
+static inline int kv_q8_group(int head_dim) { return head_dim % 32 ? 16 : 32; }
+static inline int kv_q4_group(int head_dim) { return head_dim % 64 ? head_dim : 64; }
+
+/* Bytes of K (V) of one head in one page. The format has pages of that head size. */
+static inline int64_t kv_head_bytes(int dtype, int head_dim, int is_v) {
+    const int64_t d = head_dim;
+    switch (dtype) {
+        case KV_F32: return KV_PAGE * d * 4;
+        case KV_Q8: return KV_PAGE * (d + d / kv_q8_group(head_dim) * 2);
+        case KV_Q4: return is_v ? KV_PAGE * (d / 2 + d / kv_q4_group(head_dim) * 4) : (d * 69 + d / 2 + 63) / 64 * 64;
+        default: return KV_PAGE * d * 2;
+    }
+}
+
+/* Where the parts of head h lie in a side memory, in bytes. V follows K, so its parts depend on whether K is Q4. */
+static inline int64_t kv_side_open(int h, int head_dim) { return (int64_t)h * KV_PAGE * head_dim * 2; }
+static inline int64_t kv_side_sinks(int h, int kv_heads, int head_dim) {
+    return kv_side_open(kv_heads, head_dim) + (int64_t)h * KV_SINKS * head_dim * 2;
+}
+static inline int64_t kv_side_qsq(int h, int kv_heads, int head_dim) {
+    return kv_side_sinks(kv_heads, kv_heads, head_dim) + (int64_t)h * head_dim * 4;
+}
+static inline int64_t kv_side_v(int k_dtype, int kv_heads, int head_dim) {
+    return k_dtype == KV_Q4 ? kv_side_qsq(kv_heads, kv_heads, head_dim) : 0;
 }
 #endif
