@@ -17,13 +17,13 @@ def dropped_on_stderr(err: bytes) -> int:
 
 @pytest.mark.parametrize("policy", [[], ["--evict", "strided"]])
 def test_an_answer_goes_on_and_what_is_dropped_is_said(kvrun, endless, policy):
-    args = ("run", endless, "go", "-n", "512", "--overflow", "evict", *policy, "--max-tokens", "1200")
+    args = ("run", endless, "go", "-n", "768", "--overflow", "evict", *policy, "--max-tokens", "1200")
     result = kvrun(*args, "--stats")
     assert result.returncode == 0 and result.stdout == b"".join((LINES * 20)[:1200])
     *notices, stats = result.stderr.splitlines()
     dropped = dropped_on_stderr(result.stderr)
     assert dropped == PAGE * len(notices) and f" · dropped {dropped} tok · ".encode() in stats
-    held = int(re.search(rb"ctx (\d+)/512", stats)[1])
+    held = int(re.search(rb"ctx (\d+)/768", stats)[1])
     said = json.loads(kvrun(*args, "--json").stdout)
     assert said["evicted_tokens"] == dropped == sum(e["tokens"] for e in said["evictions"])
     # all but the last drawn token were read or said, and are held or were dropped

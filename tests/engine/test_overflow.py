@@ -48,8 +48,8 @@ def watched(engine, events):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_answer_goes_on_past_the_context(evicting, model, rng, policy):
-    engine = evicting(model, 512, policy)
-    ids = random_ids(rng, 300)
+    engine = evicting(model, 1024, policy)
+    ids = random_ids(rng, 800)
     answer = watched(engine, engine.generate(ids, sampler=WARM, max_tokens=900))
     assert answer.reason == "length" and len(answer.ids) == 900 and not answer.notices
     stats = answer.stop.stats
@@ -61,11 +61,11 @@ def test_an_answer_goes_on_past_the_context(evicting, model, rng, policy):
     assert engine.held == len(engine.tokens) - stats.evicted_tokens
     assert {p for p in range(len(engine.tokens)) if not engine.sequence.holds(p)} == set(dropped)
     # nothing was computed twice
-    assert engine.executor.appended == len(engine.spec.layers) * (300 + 899)
+    assert engine.executor.appended == len(engine.spec.layers) * (800 + 899)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("window", [0, 600])
+@pytest.mark.parametrize("window", [0, 900])
 def test_holes_are_the_same_on_both_executors(tmp_path, seed, rng, policy, window):
     """Prompt rows and decode rows both see holes. The sliding model's window is wider than its context. The native
     executor multiplies weights with rounded activations, so equal is not to the bit; other holes give other answers."""
@@ -74,10 +74,10 @@ def test_holes_are_the_same_on_both_executors(tmp_path, seed, rng, policy, windo
     from kvrun.runtime import open_engine
 
     folder = random_model(tmp_path / "m", seed, layers=2, window=window)
-    ids = random_ids(rng, 1100)
+    ids = random_ids(rng, 1200)
     answers = []
     for device, evict in (("reference", policy), ("cpu", policy), ("reference", None)):
-        engine = open_engine(resolve(str(folder)), device=device, n_ctx=512 if evict else 2048, kv="f32", threads=1,
+        engine = open_engine(resolve(str(folder)), device=device, n_ctx=768 if evict else 2048, kv="f32", threads=1,
                              prefill_chunk=100, max_out=100)
         try:
             if evict:
@@ -86,12 +86,15 @@ def test_holes_are_the_same_on_both_executors(tmp_path, seed, rng, policy, windo
         finally:
             engine.close()
     exact, native, without = answers
-    assert exact.evictions == native.evictions and len(exact.evictions) >= 6
+    assert exact.evictions == native.evictions and len(exact.evictions) >= 5
+    # strided keeps pages older than some that it drops
+    dropped = [e.positions[0][0] for e in exact.evictions]
+    assert (dropped == sorted(dropped)) == (policy == "window")
 
     def read(answer):
         return np.array([place.logprob for place in answer.stop.prompt_logprobs[1:]])
 
-    assert np.abs(read(exact) - read(native)).mean() < 0.05 < 5 * 0.05 < np.abs(read(exact) - read(without))[600:].mean()
+    assert np.abs(read(exact) - read(native)).mean() < 0.05 < 5 * 0.05 < np.abs(read(exact) - read(without))[800:].mean()
     for a, b in zip(exact.tokens, native.tokens, strict=True):
         assert a.logprob.top[0][1] == pytest.approx(b.logprob.top[0][1], abs=0.5)
         if a.id != b.id:                                  # they part at a near tie alone

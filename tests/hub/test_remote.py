@@ -248,3 +248,19 @@ def test_ls_show_and_rm(hub, machine):
     assert json.loads(machine.kvrun("ls", "--json").stdout) == []
     assert not list((machine.home / "hf/hub").glob("models--org--tiny/blobs/*"))
     assert machine.kvrun("rm", "org/tiny", "--yes").returncode == 3
+
+
+def test_the_shape_alone_is_config_json_alone(hub, machine):
+    add(hub)
+    shape = machine.python(RESOLVE, "org/tiny", '{"weights": false}')
+    assert shape.returncode == 0, shape.stderr
+    files = json.loads(shape.stdout)
+    assert hub.fetched() == ["config.json"] and files["kind"] == "config" and files["source"] == "hub"
+    hub.requests.clear()
+    again = machine.python(RESOLVE, "org/tiny", '{"weights": false, "offline": true}')
+    assert again.returncode == 0 and hub.requests == []
+    refused = machine.python(RESOLVE, "org/tiny", '{"offline": true}')  # a shape is no model
+    assert refused.returncode == 3 and "kvrun pull org/tiny" in refused.stderr
+    whole = machine.python(RESOLVE, "org/tiny")
+    assert whole.returncode == 0 and set(hub.fetched()) == NEEDED - {"config.json"}
+    assert json.loads(machine.python(RESOLVE, "org/tiny", '{"weights": false}').stdout)["kind"] == "folder"
