@@ -169,6 +169,7 @@ def check_with_holes(seq: Sequence, free: list[FreeList], groups: list[CacheGrou
             assert not set(table.base) & evicted
             assert set(range(0, min(keep, seq.length), PAGE)) <= set(table.base), "the first pages stay"
             assert seq.held == seq.length - PAGE * len(evicted) <= seq.n_ctx
+            assert seq.lost_before(seq.length) == PAGE * len(evicted)
             assert (seq.length - 1) // PAGE * PAGE in table.base
             assert first % PAGE == 0 or first < PAGE or (first - 1) // PAGE * PAGE in table.base
         elif not rewound and f.n_pages == pages_needed(group, 10**9, chunk):
