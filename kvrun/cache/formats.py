@@ -21,7 +21,7 @@ KV_CHOICES = ("f16", "f32", "q8", "q8/q4", "q4")
 
 _PLAIN_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _QUANTIZED = ("q8", "q4")
-_MAX_Q4_HEAD = 256      # a channel's number is one byte of a K page
+_MAX_HEAD = 256         # KV_MAX_QUANT_DIM: a channel's number is one byte of a K page
 
 
 def q8_group(head_dim: int) -> int:
@@ -79,12 +79,9 @@ def kv_name(kv: tuple[str, str]) -> str:
 def check_head_dim(kv: tuple[str, str], head_dim: int) -> None:
     """UsageError when no page of these formats can hold heads of `head_dim` channels."""
     quantized = [f for f in kv if f in _QUANTIZED]
-    if quantized and head_dim % 16:
-        raise UsageError(f"--kv {quantized[0]}: this model has heads of {head_dim} channels, and a quantized page needs a "
-                         "multiple of 16; use --kv f16")
-    if kv[0] == "q4" and head_dim > _MAX_Q4_HEAD:
-        raise UsageError(f"--kv q4: this model has heads of {head_dim} channels, and a 4-bit page of K holds at most "
-                         f"{_MAX_Q4_HEAD}; use --kv q8/q4")
+    if quantized and (head_dim % 16 or head_dim > _MAX_HEAD):
+        raise UsageError(f"--kv {kv_name(kv)}: this model has heads of {head_dim} channels, and a quantized page takes a "
+                         f"multiple of 16 up to {_MAX_HEAD}; use --kv f16")
 
 
 @dataclass(frozen=True)

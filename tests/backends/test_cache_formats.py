@@ -25,12 +25,13 @@ def spread(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kv,dim,window", CASES, ids=str)
 def test_cpu_follows_the_reference(tmp_path, kv, dim, window) -> None:
-    """Prompt rows and decode rows over several pages, past the window. What an executor adds of its own must be little
-    beside what the format does to the model."""
+    """Prompt rows and decode rows over several pages, past the window. What the executor adds must be little beside what
+    the format does to the model. Prompt rows are computed in 16 bits, so that K and V already differ a little before they
+    are quantized, and some codes fall to the other side: a hundredth of 4-bit codes off by one is a third of their error."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    files = resolve(str(random_model(tmp_path / "tiny", seed, layers=2, window=window, dim=dim)))
-    ids = np.random.default_rng(seed).integers(0, 256, 400).tolist()
+    files = resolve(str(random_model(tmp_path / "tiny", seed, layers=1, window=window, dim=dim)))
+    ids = np.random.default_rng(seed).integers(0, 256, 330).tolist()
 
     def run(device: str, fmt: str, chunk: int = 64, prefill: bool = True) -> np.ndarray:
         engine = open_engine(files, device=device, n_ctx=512, kv=fmt, threads=1, max_out=64, prefill_chunk=64)
@@ -38,14 +39,15 @@ def test_cpu_follows_the_reference(tmp_path, kv, dim, window) -> None:
         engine.close()
         return logits
 
-    exact, want = run("reference", "f32"), run("reference", kv)
+    exact, half, want = (run("reference", fmt) for fmt in ("f32", "f16", kv))
     cost = spread(exact, want)
     assert 0 < cost < 0.3
     for chunk, prefill in ((64, True), (1, False)):
         got = run("cpu", kv, chunk, prefill)
         assert np.isfinite(got).all()
-        own = spread(run("cpu", "f32", chunk, prefill), exact)
-        assert spread(got, want) <= 0.5 * cost + 2 * own, (cost, own, prefill)
+        own = spread(run("cpu", "f16", chunk, prefill), half)
+        print(f"prefill {prefill}: format {cost:.4f}, arithmetic {own:.4f}, executor {spread(got, want):.4f}")
+        assert spread(got, want) <= (0.6 if prefill else 0.2) * cost + 2 * own
 
 
 @pytest.mark.parametrize("kv", ["q8", "q4", "q8/q4"])
