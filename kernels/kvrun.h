@@ -15,10 +15,11 @@ extern "C" {
 #endif
 #include <stdint.h>
 
-#define KV_ABI 1          /* bumped with every change of this file's meaning */
+#define KV_ABI 2          /* bumped with every change of this file's meaning */
 #define KV_PAGE 128       /* token slots of a cache page */
 #define KV_LANES 16       /* rows of a weight block, tokens of a K block */
 #define KV_GROUP 32       /* columns that share a quantization scale */
+#define KV_SINKS 16       /* first positions of a sequence, which a KV_Q4 cache keeps in 16 bits */
 
 /* How numbers are stored. The byte layouts of weights and cache pages are in page.h. */
 enum kv_dtype {
@@ -44,10 +45,15 @@ typedef struct kv_weight {
 } kv_weight;
 
 /* One layer's part of the page pool: K of page p starts at base + p*page_stride, as [kv_heads][K bytes];
- * V of the same page v_offset further on, as [kv_heads][V bytes]. */
+ * V of the same page v_offset further on, as [kv_heads][V bytes].
+ *
+ * KV_Q4 (of K, of V or of both) quantizes a page once, when its last slot is filled. Until then, and for the rows of
+ * the step that fills it, the page's exact bfloat16 values are read from the sequence's side memory (page.h), at
+ * side + kv_table.side*side_stride; a step therefore never has rows of two pages of one sequence in a layer that holds
+ * KV_Q4. The first KV_SINKS positions are always read from the side memory. side is null without KV_Q4. */
 typedef struct kv_cache {
-    void *base;
-    int64_t page_stride, v_offset;
+    void *base, *side;
+    int64_t page_stride, v_offset, side_stride;
     int32_t k_dtype, v_dtype;
     int32_t group;        /* which page table of the state */
     int32_t reserved;
@@ -58,7 +64,7 @@ typedef struct kv_cache {
 typedef struct kv_table {
     const int32_t *page, *base;
     int32_t n_pages;
-    int32_t reserved;
+    int32_t side;         /* which side memory belongs to the sequence */
 } kv_table;
 
 /* Settings of one draw. temperature <= 0 is greedy. top_k 0, top_p 1, min_p 0, repeat_penalty 1 are off.
@@ -182,8 +188,10 @@ int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k);
 int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype);
 /* The inverse: rows row0.. of w as float32 [rows][k]. */
 int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out);
-/* Bytes of K (or V: the same) of one head in one page; -1 for an unknown format. */
-int64_t kv_page_bytes(int32_t dtype, int32_t head_dim);
+/* Bytes of K (is_v 0) or V (is_v 1) of one head in one page; -1 for a format or head size that no page has. */
+int64_t kv_page_bytes(int32_t dtype, int32_t head_dim, int32_t is_v);
+/* Bytes of one layer's side memory of one sequence, a multiple of 64; 0 without KV_Q4. */
+int64_t kv_side_bytes(int32_t k_dtype, int32_t v_dtype, int32_t kv_heads, int32_t head_dim);
 
 /* ---- the CPU executor ---- */
 

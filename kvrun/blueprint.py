@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvrun.cache.formats import resolve_kv
 from kvrun.cache.planner import DEFAULT_HEADROOM, MemoryPlan, available_memory, largest_n_ctx, pool_layouts, usable
 from kvrun.errors import OutOfMemoryError, UsageError
 
@@ -67,6 +66,7 @@ class Blueprint:
                 self.source.close()
                 raise
         self._plans: dict[int, Plan] = {}
+        self._formats: dict[str, tuple[tuple[str, str], str | None]] = {}
 
     def close(self) -> None:
         """Closes the weight files. Idempotent."""
@@ -134,8 +134,19 @@ class Blueprint:
     # ---- memory ----
 
     def formats(self, kv: str) -> tuple[str, str]:
-        """Storage formats of K and V under --kv. UsageError for a format that is not built."""
-        return resolve_kv(kv, self.spec.dtype)
+        """Storage formats of K and V under --kv. UsageError for what is none, or that this model's heads do not fit."""
+        return self._choice(kv)[0]
+
+    def format_notice(self, kv: str) -> str | None:
+        """What the user must be told of formats(kv): that K stays at 8 bits, or nothing."""
+        return self._choice(kv)[1]
+
+    def _choice(self, kv: str) -> tuple[tuple[str, str], str | None]:
+        from kvrun.weights.key_bias import choose_formats
+
+        if kv not in self._formats:
+            self._formats[kv] = choose_formats(kv, self.spec, self.refs, self.source)
+        return self._formats[kv]
 
     def layouts(self, kv: str, n_ctx: int) -> list:
         """GroupLayout of each layer group in a context of n_ctx tokens."""
@@ -146,15 +157,15 @@ class Blueprint:
         """Everything that opening takes, to the byte."""
         layouts = self.layouts(kv, n_ctx)
         return MemoryPlan(n_ctx, self.weight_bytes, sum(layout.n_bytes for layout in layouts),
-                          self._workspace(n_ctx, max(layout.n_pages for layout in layouts)))
+                          self._workspace(n_ctx, max(layout.n_pages for layout in layouts), self.formats(kv)))
 
-    def _workspace(self, n_ctx: int, max_pages: int) -> int:
+    def _workspace(self, n_ctx: int, max_pages: int, kv: tuple[str, str]) -> int:
         plan = self._sized_plan(n_ctx)
         if self.shape.device == "reference":
             return plan.buffer_bytes()
         from kvrun.backends.cpu import work_bytes
 
-        return work_bytes(plan, max_pages=max_pages, threads=self.threads)
+        return work_bytes(plan, max_pages=max_pages, threads=self.threads, kv=kv)
 
     def planner(self, kv: str) -> Callable[[int], MemoryPlan]:
         """n_ctx -> memory(kv, n_ctx)."""

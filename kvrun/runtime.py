@@ -104,6 +104,9 @@ def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv:
         if progress:
             progress("loading", done, total)
 
+    told = blueprint.format_notice(kv)
+    if told:
+        notify(told)
     check_fits(blueprint.planner(kv), n_ctx, available_memory())
     executor, pool = (_open_reference if blueprint.shape.device == "reference" else _open_cpu)(blueprint, plan, n_ctx, kv, report)
     try:

@@ -1,4 +1,6 @@
-// append.cpp - q/k norms, RoPE (Su et al., 2021), and the stores of K and V into the row's page.
+// append.cpp - q/k norms, RoPE (Su et al., 2021), the stores of K and V into the row's page, and the quantization of
+// pages that became full.
+#include "encode.h"
 #include "half.h"
 #include "kernels.h"
 #include "pages.h"
@@ -70,7 +72,7 @@ static void store_v(char *page, const float *x, int t, int dim, int dtype) {
     }
 }
 
-static void append_row(const kv_op_append &op, int64_t row, char *base, int t) {
+static void append_row(const kv_op_append &op, int64_t row, const kv_table &table, int page, int t) {
     const int d = op.head_dim, n_q = op.heads, n_k = op.kv_heads;
     float *q = op.qkv + row * (int64_t)(n_q + 2 * n_k) * d, *k = q + (int64_t)n_q * d, *v = k + (int64_t)n_k * d;
     if (op.qk_norm == KV_QK_WHOLE) {
@@ -85,11 +87,41 @@ static void append_row(const kv_op_append &op, int64_t row, char *base, int t) {
         if (c && op.interleaved) rotate_neighbours(x, c, c + half, half);
         else if (c) rotate_halves(x, c, c + half, half);
     }
-    const int64_t k_head = (int64_t)KV_PAGE * d * element_size(op.cache.k_dtype);
-    const int64_t v_head = (int64_t)KV_PAGE * d * element_size(op.cache.v_dtype);
     for (int h = 0; h < n_k; h++) {
-        store_k(base + h * k_head, k + (int64_t)h * d, t, d, op.cache.k_dtype);
-        store_v(base + op.cache.v_offset + h * v_head, v + (int64_t)h * d, t, d, op.cache.v_dtype);
+        const float *k_row = k + (int64_t)h * d, *v_row = v + (int64_t)h * d;
+        char *k_page = k_of(op.cache, page, h, d), *v_page = v_of(op.cache, page, h, d);
+        Side side;
+        if (has_side(op.cache)) side = side_of(op.cache, table, h, n_k, d);
+        if (op.cache.k_dtype == KV_Q8) store_k_q8(k_page, k_row, t, d);
+        else if (side.k_open) store_k((char *)side.k_open, k_row, t, d, KV_BF16);
+        else store_k(k_page, k_row, t, d, op.cache.k_dtype);
+        if (op.cache.v_dtype == KV_Q8) store_v_q8(v_page, v_row, t, d);
+        else if (side.v_open) store_v((char *)side.v_open, v_row, t, d, KV_BF16);
+        else store_v(v_page, v_row, t, d, op.cache.v_dtype);
+    }
+}
+
+// After all rows of a sequence are in its open page: sums q^2, and quantizes the page when its last slot was filled.
+static void close_page(const kv_op_append &op, const kv_state &state, const kv_table &table, int seq, int h) {
+    const int d = op.head_dim, group = op.heads / op.kv_heads;
+    const Side side = side_of(op.cache, table, h, op.kv_heads, d);
+    int64_t last = -1;
+    for (int64_t row = 0; row < state.n_rows; row++) {
+        if (state.seq[row] != seq) continue;
+        last = row;
+        const float *q = op.qkv + (row * (op.heads + 2 * op.kv_heads) + (int64_t)h * group) * d;
+        if (side.qsq) add_squares(side.qsq, q, group, d, state.pos[row] % KV_PAGE == 0);
+    }
+    if (last < 0 || state.pos[last] % KV_PAGE != KV_PAGE - 1) return;
+    const int i = last_page(table, state.pos[last]), sinks = table.base[i] == 0 ? KV_SINKS : 0;
+    const size_t sink_bytes = sizeof(uint16_t) * KV_SINKS * (size_t)d;      // the first block of K, the first pairs of V
+    if (side.k_open) {
+        if (sinks) memcpy(side.k_sinks, side.k_open, sink_bytes);
+        encode_k_q4(k_of(op.cache, table.page[i], h, d), side.k_open, side.qsq, d, sinks);
+    }
+    if (side.v_open) {
+        if (sinks) memcpy(side.v_sinks, side.v_open, sink_bytes);
+        encode_v_q4(v_of(op.cache, table.page[i], h, d), side.v_open, d);
     }
 }
 
@@ -104,9 +136,17 @@ void append(const kv_op_append &op, kv_state &state, kv::Worker &worker) {
                 __atomic_store_n(&state.status, (int32_t)KV_BAD_PLAN, __ATOMIC_RELAXED);
                 continue;
             }
-            append_row(op, row, (char *)op.cache.base + table.page[i] * op.cache.page_stride, pos % KV_PAGE);
+            append_row(op, row, table, table.page[i], pos % KV_PAGE);
         }
     });
+    if (has_side(op.cache)) {
+        worker.barrier();
+        if (__atomic_load_n(&state.status, __ATOMIC_RELAXED) != KV_BAD_PLAN)
+            worker.split((int64_t)state.n_seqs * op.kv_heads, 1, [&](int64_t item, int64_t) {
+                const int seq = (int)(item / op.kv_heads);
+                close_page(op, state, tables[seq], seq, (int)(item % op.kv_heads));
+            });
+    }
     if (worker.thread == 0) state.appended += state.n_rows;
 }
 

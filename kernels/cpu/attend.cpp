@@ -64,6 +64,8 @@ static void load_block(Block &block, const kv_op_attend &op, const kv_state &sta
     block.rows = run.end - run.begin;
     block.head_dim = op.head_dim;
     block.window = op.window;
+    block.kv_heads = op.kv_heads;
+    block.own = has_side(op.cache) ? state.pos[run.begin] / KV_PAGE * KV_PAGE : -1;
     block.softcap = op.softcap;
     block.pos = state.pos + run.begin;
     const f32x16 scale = splat(op.softcap > 0 ? op.scale / op.softcap : op.scale);
@@ -74,6 +76,8 @@ static void load_block(Block &block, const kv_op_attend &op, const kv_state &sta
         int i = 0;
         for (; i + 16 <= group * op.head_dim; i += 16) store(to + i, load(q + i) * scale);
         for (; i < group * op.head_dim; i++) to[i] = q[i] * (op.softcap > 0 ? op.scale / op.softcap : op.scale);
+        if (op.cache.k_dtype == KV_Q8)
+            for (int h = 0; h < group; h++) rotate(to + h * op.head_dim, op.head_dim);
     }
 }
 
@@ -90,7 +94,7 @@ static void merge(float *o, float &m, float &l, const float *part, float part_m,
     if (i < dim) store_part(o + i, fma(load_part(o + i, dim - i), keep, load_part(part + i, dim - i) * b), dim - i);
 }
 
-static void finish(float *out, const float *o, float m, float l, const float *sink, int dim) {
+static void finish(float *out, const float *o, float m, float l, const float *sink, int dim, bool rotated) {
     float scale = l > 0 || l != l ? 1.f / l : 0.f;
     if (sink) {
         const float top = *sink > m ? *sink : m;
@@ -98,6 +102,7 @@ static void finish(float *out, const float *o, float m, float l, const float *si
         scale = keep / (l * keep + first(exp(splat(*sink - top))));
     }
     for (int i = 0; i < dim; i++) out[i] = o[i] * scale;
+    if (rotated) rotate(out, dim);
 }
 
 // Prompt rows: a thread takes a block of rows and a KV head through all parts.
@@ -131,7 +136,7 @@ static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Wo
             for (int i = 0; i < queries; i++) {
                 const int head = kv_head * group + i % group;
                 finish(op.out + ((int64_t)(run.begin + i / group) * op.heads + head) * d, block.total + (int64_t)i * d,
-                       block.total_m[i], block.total_l[i], op.sinks ? op.sinks + head : nullptr, d);
+                       block.total_m[i], block.total_l[i], op.sinks ? op.sinks + head : nullptr, d, v_is_rotated(op.cache));
             }
         }
     });
@@ -197,7 +202,7 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
             memset(total, 0, sizeof(float) * (size_t)d);
             const float *from = slots + (run.slot + ((int64_t)(row - run.begin) * op.heads + head) * run.parts) * slot;
             for (int p = 0; p < run.parts; p++, from += slot) merge(total, m, l, from, from[m_at], from[m_at + 1], d);
-            finish(op.out + ((int64_t)row * op.heads + head) * d, total, m, l, op.sinks ? op.sinks + head : nullptr, d);
+            finish(op.out + ((int64_t)row * op.heads + head) * d, total, m, l, op.sinks ? op.sinks + head : nullptr, d, v_is_rotated(op.cache));
         }
     });
 }
@@ -236,7 +241,8 @@ static void attend_decode(const kv_op_attend &op, const kv_state &state, kv::Wor
 
 void attend(const kv_op_attend &op, const kv_state &state, kv::Worker &worker) {
     float *scratch = (float *)worker.scratch, *mine = scratch + worker.thread * thread_floats(op);
-    const Pages pages = pages_for(op.cache.k_dtype, op.cache.v_dtype);
+    const bool quantized = is_quantized(op.cache.k_dtype) || is_quantized(op.cache.v_dtype);
+    const Pages pages = quantized ? attend_pages_quant : pages_for(op.cache.k_dtype, op.cache.v_dtype);
 #if defined(__AMX_BF16__)
     if (state.prefill && tiles_fit(op)) return attend_prefill(op, state, worker, mine, attend_pages_tiles, false);
 #endif

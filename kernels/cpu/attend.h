@@ -16,10 +16,11 @@ static inline float first(f32x16 a) {
 
 // Queries of consecutive rows of one sequence that share a KV head: row-major [rows][group].
 struct Block {
-    int group, rows, head_dim, window;
+    int group, rows, head_dim, window, kv_heads;
+    int own;                               // base of the page that a KV_Q4 cache holds exact for these rows, else -1
     float softcap;
     const int32_t *pos;                    // [rows], ascending
-    float *q;                              // [queries][head_dim], times scale (over softcap)
+    float *q;                              // [queries][head_dim], times scale (over softcap); rotated for KV_Q8
     float *s;                              // [queries of a pass][s_stride] scores, then probabilities
     int64_t s_stride;
     float *o, *m, *l;                      // the part: [queries][head_dim], [queries], [queries]
@@ -105,9 +106,14 @@ static inline f32x16 slots_inside(int b, int low, int high, f32x16 x, f32x16 oth
 // Adds pages [page, end) of the table to the block's part. next_k: what will be read after them, or null.
 using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, const char *next_k);
 
+static inline bool is_quantized(int dtype) { return dtype == KV_Q8 || dtype == KV_Q4; }
+// Sums of V are of rotated V then, and rotated back at the end.
+static inline bool v_is_rotated(const kv_cache &cache) { return is_quantized(cache.v_dtype); }
+
 }  // namespace KV_NS
 
 #include "attend_pages.h"
+#include "attend_quant.h"
 #if defined(__AMX_BF16__)
 #include "attend_amx.h"
 #endif

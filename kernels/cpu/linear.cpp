@@ -6,13 +6,23 @@ namespace KV_NS {
 void linear(const kv_op_linear &op, const kv_state &state, kv::Worker &worker) {
     int rows = kv::rows_of(op.rows, state);
     if (rows <= 0) return;
-    if (state.prefill) linear_prefill(op, rows, worker);
-    else linear_decode(op, rows, worker);
+    if (!state.prefill) return linear_decode(op, rows, worker);
+#if defined(__AMX_TILE__)
+    // Tiles hold bfloat16, to which weights of float32 and float16 would lose bits.
+    if (op.w.dtype != KV_F32 && op.w.dtype != KV_F16) return linear_tiles(op, rows, worker);
+#endif
+    linear_vector(op, rows, worker);
 }
 
 int64_t linear_scratch(const kv_op_linear &op, int max_rows, int threads) {
-    int64_t decode = linear_decode_scratch(op, threads), prefill = linear_prefill_scratch(op, max_rows, threads);
-    return decode > prefill ? decode : prefill;
+    // Of every path, so that it is known before the format of the weights is.
+    int64_t most = linear_decode_scratch(op, threads), vector = linear_vector_scratch(op, max_rows, threads);
+    if (vector > most) most = vector;
+#if defined(__AMX_TILE__)
+    int64_t tiles = linear_tiles_scratch(op, max_rows, threads);
+    if (tiles > most) most = tiles;
+#endif
+    return most;
 }
 
 static KV_INLINE void finish16(const kv_op_linear &op, const float *y, const float *bias, float *out) {

@@ -18,8 +18,12 @@ void linear_finish(const kv_op_linear &, int64_t row, int64_t rows, int64_t bloc
 // Decode: float32 activations times weights that are widened in registers, one pass over the weights.
 void linear_decode(const kv_op_linear &, int rows, kv::Worker &);
 int64_t linear_decode_scratch(const kv_op_linear &, int threads);
-// Prefill: weights widened into panels of 32 rows, each used for all activations.
-void linear_prefill(const kv_op_linear &, int rows, kv::Worker &);
-int64_t linear_prefill_scratch(const kv_op_linear &, int max_rows, int threads);
+// Prefill: weights widened into panels of 32 rows, each used for all activations; in float32 (vector) or bfloat16 (tiles).
+void linear_vector(const kv_op_linear &, int rows, kv::Worker &);
+int64_t linear_vector_scratch(const kv_op_linear &, int max_rows, int threads);
+#if defined(__AMX_TILE__)
+void linear_tiles(const kv_op_linear &, int rows, kv::Worker &);
+int64_t linear_tiles_scratch(const kv_op_linear &, int max_rows, int threads);
+#endif
 
 }  // namespace KV_NS

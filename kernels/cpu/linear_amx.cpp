@@ -44,7 +44,7 @@ static int64_t thread_bytes(const kv_op_linear &op, int64_t rows, int threads) {
     return PANEL + most_part_rows(op, rows, threads) * BLOCKS * KV_LANES * (int64_t)sizeof(float);
 }
 
-int64_t linear_prefill_scratch(const kv_op_linear &op, int max_rows, int threads) {
+int64_t linear_tiles_scratch(const kv_op_linear &op, int max_rows, int threads) {
     return tiles_bytes(op, max_rows) + threads * thread_bytes(op, max_rows, threads);
 }
 
@@ -136,7 +136,7 @@ template <class Count, class Body> static void split_parts(kv::Worker &worker, i
     worker.phase = phase + (uint32_t)parts;
 }
 
-void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
+void linear_tiles(const kv_op_linear &op, int rows, kv::Worker &worker) {
     const int64_t groups = op.w.k / KV_GROUP, blocks = blocks_of(op.w), panels = (blocks + BLOCKS - 1) / BLOCKS;
     const int64_t block_bytes = kv_pack_bytes(op.w.dtype, KV_LANES, op.w.k), row_block_bytes = groups * TERMS * TILE;
     const int64_t most = part_rows(op, rows, worker.threads), parts = (rows + most - 1) / most;

@@ -2,8 +2,6 @@
 // Every product is summed over the columns in order, so a row's result does not depend on the other rows.
 #include "linear.h"
 
-#if !defined(__AMX_TILE__)  // see linear_amx.cpp
-
 namespace KV_NS {
 
 // Register tile: ROWS activation rows times BLOCKS weight blocks.
@@ -17,7 +15,7 @@ static constexpr int ROWS = 2, BLOCKS = 1;
 
 static int64_t panel_bytes(const kv_op_linear &op) { return (int64_t)op.w.k * KV_LANES * BLOCKS * sizeof(float); }
 
-int64_t linear_prefill_scratch(const kv_op_linear &op, int, int threads) { return threads * panel_bytes(op); }
+int64_t linear_vector_scratch(const kv_op_linear &op, int, int threads) { return threads * panel_bytes(op); }
 
 // panel[column][blocks][16] from `blocks` weight blocks.
 template <class W> static void widen(const uint8_t *data, int64_t groups, int blocks, float *panel) {
@@ -73,7 +71,7 @@ template <int B> static void multiply(const kv_op_linear &op, const float *panel
     for (; row < rows; row++) tile<1, B>(op, panel, block, row);
 }
 
-void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
+void linear_vector(const kv_op_linear &op, int rows, kv::Worker &worker) {
     int64_t groups = op.w.k / KV_GROUP, blocks = blocks_of(op.w);
     float *panel = (float *)(worker.scratch + worker.thread * panel_bytes(op));
     worker.split((blocks + BLOCKS - 1) / BLOCKS, 1, [&](int64_t p, int64_t) {
@@ -89,5 +87,3 @@ void linear_prefill(const kv_op_linear &op, int rows, kv::Worker &worker) {
 }
 
 }  // namespace KV_NS
-
-#endif

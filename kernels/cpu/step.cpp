@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <new>
 
+#include "../page.h"
 #include "pool.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -36,6 +37,14 @@ int rows_of(const kv_op &op, const kv_state &s) {
     }
 }
 
+// Whether some page is quantized in this step.
+bool fills_page(const kv_cache &c, const kv_state &s) {
+    if (c.k_dtype != KV_Q4 && c.v_dtype != KV_Q4) return false;
+    for (int i = 0; i < s.n_rows; i++)
+        if (s.pos[i] % KV_PAGE == KV_PAGE - 1) return true;
+    return false;
+}
+
 // Floats that an op touches, or a number too large to be small.
 int64_t work(const kv_op &op, const kv_state &s) {
     const int64_t rows = rows_of(op, s);
@@ -44,7 +53,7 @@ int64_t work(const kv_op &op, const kv_state &s) {
         case KV_OP_NORM: return rows * op.norm.dim;
         case KV_OP_ACT: return rows * op.act.dim * 2;
         case KV_OP_ROPE: return rows * op.rope.half * 8;
-        case KV_OP_APPEND: return rows * (op.append.heads + 2 * op.append.kv_heads) * op.append.head_dim * 2;
+        case KV_OP_APPEND: return fills_page(op.append.cache, s) ? INT64_MAX : rows * (op.append.heads + 2 * op.append.kv_heads) * op.append.head_dim * 2;
         case KV_OP_GATHER: return rows * op.gather.dim;
         case KV_OP_SAMPLE: return rows == 1 ? 0 : INT64_MAX;
         default: return INT64_MAX;
@@ -119,9 +128,32 @@ bool good_linear(const kv_weight &w) {
     return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4;
 }
 
+bool good_format(int dtype, int head_dim) {
+    if (dtype == KV_Q8 || dtype == KV_Q4) return head_dim > 0 && head_dim % 16 == 0 && head_dim <= KV_MAX_QUANT_DIM;
+    return dtype >= KV_F32 && dtype <= KV_BF16 && head_dim > 0 && head_dim % 2 == 0;
+}
+
+bool has_side(const kv_cache &c) { return c.k_dtype == KV_Q4 || c.v_dtype == KV_Q4; }
+
 bool good_cache(const kv_cache &c, int heads, int kv_heads, int head_dim) {
-    return kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 2 == 0 &&
-           c.k_dtype >= KV_F32 && c.k_dtype <= KV_BF16 && c.v_dtype >= KV_F32 && c.v_dtype <= KV_BF16 && c.group >= 0;
+    return kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && good_format(c.k_dtype, head_dim) &&
+           good_format(c.v_dtype, head_dim) && c.group >= 0;
+}
+
+// Whether a state can be run over a cache: see kv_cache for what KV_Q4 asks.
+bool good_tables(const kv_cache &c, const kv_state &s) {
+    if (c.group >= s.n_groups || !s.table) return false;
+    if (!has_side(c)) return true;
+    if (!c.side) return false;
+    for (int i = 0; i < s.n_rows; i++) {
+        if (s.table[(int64_t)c.group * s.n_seqs + s.seq[i]].side < 0) return false;
+        for (int j = i - 1; j >= 0; j--) {                    // the row before of the same sequence, mostly the last one
+            if (s.seq[j] != s.seq[i]) continue;
+            if (s.pos[j] / KV_PAGE != s.pos[i] / KV_PAGE) return false;
+            break;
+        }
+    }
+    return true;
 }
 
 bool good_op(const kv_op &op) {
@@ -155,8 +187,8 @@ bool good_state(const kv_op *ops, int n_ops, const kv_state &s) {
     for (int i = 0; i < n_ops; i++) {
         const kv_op &op = ops[i];
         if (!good_op(op)) return false;
-        if (op.kind == KV_OP_APPEND && (op.append.cache.group >= s.n_groups || !s.table)) return false;
-        if (op.kind == KV_OP_ATTEND && (op.attend.cache.group >= s.n_groups || !s.table)) return false;
+        if (op.kind == KV_OP_APPEND && !good_tables(op.append.cache, s)) return false;
+        if (op.kind == KV_OP_ATTEND && !good_tables(op.attend.cache, s)) return false;
         if (op.kind == KV_OP_SAMPLE && s.sampler && s.n_out > 0 && !s.next) return false;
         if (op.kind == KV_OP_EMBED)
             for (int r = 0; r < s.n_rows; r++)
@@ -183,9 +215,14 @@ EXPORT void kv_cpu_close(kv_cpu *cpu) {
     if (cpu && !cpu->pool.forked()) delete cpu;
 }
 
-EXPORT int64_t kv_page_bytes(int32_t dtype, int32_t head_dim) {
-    if (dtype < KV_F32 || dtype > KV_BF16 || head_dim < 2 || head_dim % 2) return -1;
-    return (int64_t)KV_PAGE * head_dim * (dtype == KV_F32 ? 4 : 2);
+EXPORT int64_t kv_page_bytes(int32_t dtype, int32_t head_dim, int32_t is_v) {
+    return good_format(dtype, head_dim) ? kv_head_bytes(dtype, head_dim, is_v) : -1;
+}
+
+EXPORT int64_t kv_side_bytes(int32_t k_dtype, int32_t v_dtype, int32_t kv_heads, int32_t head_dim) {
+    const int64_t k = k_dtype == KV_Q4 ? kv_side_qsq(kv_heads, kv_heads, head_dim) : 0;
+    const int64_t v = v_dtype == KV_Q4 ? kv_side_sinks(kv_heads, kv_heads, head_dim) : 0;
+    return (k + v + 63) / 64 * 64;
 }
 
 EXPORT int64_t kv_cpu_scratch(const kv_op *ops, int32_t n_ops, int32_t max_rows, int32_t max_pages, int32_t threads,

@@ -38,15 +38,15 @@ def best_isa() -> str:
     return list(ISAS)[lib.kv_cpu_isa()]
 
 
-def scratch_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str) -> int:
-    """Bytes of kernel scratch that any step of `plan` needs. Needs no weights."""
-    ops = lower(plan, without_memory)
+def scratch_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str, kv: tuple[str, str]) -> int:
+    """Bytes of kernel scratch that any step of `plan` over a cache of formats `kv` needs. Needs no weights."""
+    ops = lower(plan, lambda operand: without_memory(operand, kv))
     return lib.kv_cpu_scratch(ops, len(plan.ops), plan.max_rows, max_pages, threads, ISAS[isa])
 
 
-def work_bytes(plan: Plan, *, max_pages: int, threads: int, isa: str | None = None) -> int:
-    """Bytes of a CpuExecutor's activations, logits and scratch."""
-    scratch = scratch_bytes(plan, max_pages=max_pages, threads=threads, isa=isa or best_isa())
+def work_bytes(plan: Plan, *, max_pages: int, threads: int, kv: tuple[str, str], isa: str | None = None) -> int:
+    """Bytes of a CpuExecutor's activations, logits and scratch, over a cache of formats `kv`."""
+    scratch = scratch_bytes(plan, max_pages=max_pages, threads=threads, isa=isa or best_isa(), kv=kv)
     return sum(aligned(4 * b.dim * plan.buffer_rows(b)) for b in plan.buffers) + scratch
 
 
@@ -65,7 +65,8 @@ class CpuExecutor:
         if self.threads < 1 or self.threads > 1024:
             raise UsageError(f"--threads {self.threads}: must be from 1 to 1024")
         self._pool = pool
-        scratch = scratch_bytes(plan, max_pages=pool.max_pages, threads=self.threads, isa=self.isa)
+        self.kv: tuple[str, str] = pool.kv
+        scratch = scratch_bytes(plan, max_pages=pool.max_pages, threads=self.threads, isa=self.isa, kv=pool.kv)
         offsets, end = {}, 0
         for buffer in plan.buffers:
             offsets[buffer.name] = end
@@ -94,7 +95,12 @@ class CpuExecutor:
             if isinstance(operand, CacheRef):
                 group = pool.groups[operand.group]
                 base = group.memory.ctypes.data + operand.index * group.layer_stride
+                side = ffi.NULL
+                if group.side_stride:
+                    side = ffi.cast("void *", group.side.ctypes.data + operand.index * group.side_stride)
+                # kv_table.side is 0, the one sequence of the pool, so the stride between sequences is never used.
                 return {"base": ffi.cast("void *", base), "page_stride": group.page_stride, "v_offset": group.v_offset,
+                        "side": side, "side_stride": group.layout.side_bytes,
                         "k_dtype": DTYPES[group.k_dtype], "v_dtype": DTYPES[group.v_dtype], "group": operand.group}
             raise TypeError(f"no operand: {operand!r}")
 

@@ -13,6 +13,8 @@ class Executor(Protocol):
 
     name: str
     plan: Plan
+    kv: tuple[str, str]
+    """Formats of K and V in the cache."""
     appended: int
     """(row, layer) pairs whose K and V were computed since the start."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvrun.backends.native import ffi, lib
+from kvrun.backends.native import DTYPES, ffi, lib
 from kvrun.backends.plan import Plan
 
 Resolve = Callable[[object], object]
@@ -30,12 +30,12 @@ def lower(plan: Plan, resolve: Resolve) -> object:
     return ops
 
 
-def without_memory(operand: object) -> object:
-    """A `resolve` that gives shapes and null pointers: for asking what scratch a plan needs before loading."""
+def without_memory(operand: object, kv: tuple[str, str]) -> object:
+    """A `resolve` that gives shapes, formats and null pointers: for asking what scratch a plan needs before loading."""
     from kvrun.backends.plan import CacheRef, Weight
 
     if isinstance(operand, Weight):
         return {"dtype": lib.KV_F32, "n": operand.n, "k": operand.k}
     if isinstance(operand, CacheRef):
-        return {"group": operand.group, "k_dtype": lib.KV_F32, "v_dtype": lib.KV_F32}
+        return {"group": operand.group, "k_dtype": DTYPES[kv[0]], "v_dtype": DTYPES[kv[1]]}
     return ffi.NULL

@@ -10,23 +10,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kvrun.backends.batch import Batch, PageTable
+from kvrun.backends.batch import Batch
 from kvrun.backends.plan import Buffer, CacheRef, Plan, Table, Vector, Weight
+from kvrun.backends.reference_cache import PLAIN, LayerPages
 from kvrun.backends.sampling import draw
+from kvrun.cache.formats import PAGE
 from kvrun.errors import ModelError, NumericError
 from kvrun.models.ops import GELU_TANH, QK_HEAD, QK_NONE
 from kvrun.models.spec import TensorRef
 from kvrun.weights.source import RawTensor, TensorSource
 
-PAGE = 128      # KV_PAGE
-LANES = 16      # KV_LANES
-CACHE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
 
 def as_float32(raw: RawTensor) -> torch.Tensor:
     """The tensor's values, float32, in its own shape. GGUF blocks go through the gguf package."""
-    if raw.dtype in CACHE_DTYPES:
-        values = torch.frombuffer(bytearray(raw.data), dtype=CACHE_DTYPES[raw.dtype])
+    if raw.dtype in PLAIN:
+        values = torch.frombuffer(bytearray(raw.data), dtype=PLAIN[raw.dtype])
         return values.to(torch.float32).reshape(raw.shape)
     from gguf import GGMLQuantizationType, dequantize
 
@@ -43,40 +41,6 @@ def read_tensor(source: TensorSource, ref: TensorRef) -> torch.Tensor:
     return w
 
 
-class LayerPages:
-    """K and V of one layer as tensors over the pool's own memory, in the layouts of kernels/page.h.
-
-    k: [pages][kv_heads][8][head_dim/2][16][2]   v: [pages][kv_heads][64][head_dim][2]
-    """
-
-    def __init__(self, group, index: int, kv_heads: int, head_dim: int):
-        def view(dtype: str, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
-            values = torch.from_numpy(group.memory).view(CACHE_DTYPES[dtype])
-            size = values.element_size()
-            strides = [math.prod(shape[i + 1:]) for i in range(len(shape))]
-            return values.as_strided((group.memory.nbytes // group.page_stride, *shape),
-                                     (group.page_stride // size, *strides), offset // size)
-
-        start = index * group.layer_stride
-        self.k = view(group.k_dtype, start, (kv_heads, PAGE // LANES, head_dim // 2, LANES, 2))
-        self.v = view(group.v_dtype, start + group.v_offset, (kv_heads, PAGE // 2, head_dim, 2))
-
-    def store(self, page: torch.Tensor, slot: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """page, slot: [R]. k, v: [R][kv_heads][head_dim]."""
-        pairs = k.reshape(*k.shape[:2], -1, 2)
-        self.k[page, :, slot // LANES, :, slot % LANES] = pairs.to(self.k.dtype)
-        self.v[page, :, slot // 2, :, slot % 2] = v.to(self.v.dtype)
-
-    def load(self, pages: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of every slot of `pages`, float32 [kv_heads][slots][head_dim]."""
-        def float32(values: torch.Tensor) -> torch.Tensor:
-            return torch.empty(values.shape).copy_(values)
-
-        k = float32(self.k[pages].permute(1, 0, 2, 4, 3, 5))
-        v = float32(self.v[pages].permute(1, 0, 2, 4, 3))
-        return k.flatten(4).flatten(1, 3), v.flatten(1, 3)
-
-
 class ReferenceExecutor:
     """See kvrun.backends.executor.Executor. Reads all weights at once as float32; source may be closed after it.
 
@@ -88,7 +52,7 @@ class ReferenceExecutor:
     def __init__(self, plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], pool,
                  like: ReferenceExecutor | None = None):
         """like: an executor of the same model, whose weights are then shared and not read again."""
-        self.plan, self.appended, self._pool, self._n_out = plan, 0, pool, 0
+        self.plan, self.kv, self.appended, self._pool, self._n_out = plan, pool.kv, 0, pool, 0
         self._values: dict[object, torch.Tensor] = {}
         for operand in (*plan.weights, *plan.vectors):
             self._values[operand] = like._values[operand] if like else self._read(operand, source, refs)
@@ -183,8 +147,7 @@ class ReferenceExecutor:
         layer, tables = self._layers[cache], self._batch.tables[cache.group]
         for s in set(self._seq.tolist()):
             mine = self._seq == s
-            page = page_of(tables[s])[self._pos[mine] // PAGE]
-            layer.store(page, self._pos[mine] % PAGE, turned[1][mine], v.reshape(len(v), kv_heads, head_dim)[mine])
+            layer.append(tables[s], self._pos[mine], turned[0][mine], turned[1][mine], v.reshape(len(v), kv_heads, head_dim)[mine])
         self.appended += len(v)
 
     def _attend(self, qkv, out, sinks, cache, heads, kv_heads, head_dim, window, scale, softcap):
@@ -200,7 +163,8 @@ class ReferenceExecutor:
             # Slots past the newest token may hold anything, NaN too: leave them out before any arithmetic.
             seen = visible.any(dim=0).nonzero()
             used = slice(int(seen[0]), int(seen[-1]) + 1)
-            k, v = (t[:, used] for t in self._layers[cache].load(list(tables[s].pages)))   # [kv_heads][S][head_dim]
+            own = int(pos[0]) // PAGE * PAGE
+            k, v = (t[:, used] for t in self._layers[cache].load(tables[s], own))          # [kv_heads][S][head_dim]
             q = self._rows(qkv)[mine, : heads * head_dim].reshape(-1, kv_heads, heads // kv_heads, head_dim)
             scores = torch.einsum("rgjd,gsd->gjrs", q, k)
             scores = soft_cap(scale * scores, softcap).masked_fill(~visible[:, used], -math.inf)
@@ -243,10 +207,3 @@ def rotate(x: torch.Tensor, table: torch.Tensor, rope_dim: int, interleaved: int
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
     turned = turned if interleaved else turned.transpose(-1, -2)
     return torch.cat((turned.flatten(-2), rest), dim=-1)
-
-
-def page_of(table: PageTable) -> torch.Tensor:
-    """Page number by position / PAGE; -1 where the table has none."""
-    pages = torch.full((table.base[-1] // PAGE + 1,), -1, dtype=torch.long)
-    pages[torch.tensor(list(table.base)) // PAGE] = torch.tensor(list(table.pages))
-    return pages

@@ -108,8 +108,10 @@ class Sequence:
     group needs them, so that a short rewind works.
     """
 
-    def __init__(self, groups: tuple[CacheGroup, ...], free: list[FreeList], n_ctx: int) -> None:
+    def __init__(self, groups: tuple[CacheGroup, ...], free: list[FreeList], n_ctx: int, *, whole_pages: bool = False) -> None:
+        """whole_pages: a page is quantized as a whole, so no step spans two pages and a rewind ends at a page border."""
         self.n_ctx = n_ctx
+        self.whole_pages = whole_pages
         self.length = 0
         self.keep = 0
         self._policy: Policy | None = None
@@ -151,11 +153,11 @@ class Sequence:
             self._turns.append(self.length)
 
     def most_rows(self, wanted: int) -> int:
-        """How many of `wanted` tokens one `extend` takes: those that are free, or half of what may go, so that the
-        other half, just said, is there to be seen."""
-        if self._policy is None:
-            return wanted
-        return min(wanted, max(self.n_ctx - self.held, (self.n_ctx - self.keep) // 2))
+        """How many of the next `wanted` tokens one `extend` takes: those that are free, or half of what may go, so that
+        the other half, just said, is there to be seen; and those on one page where pages are quantized whole."""
+        if self._policy is not None:
+            wanted = min(wanted, max(self.n_ctx - self.held, (self.n_ctx - self.keep) // 2))
+        return min(wanted, PAGE - self.length % PAGE) if self.whole_pages else wanted
 
     def extend(self, n: int) -> list[int]:
         """Makes room for n more tokens, at most `most_rows`. Returns the positions of the pages evicted for it.
@@ -209,10 +211,13 @@ class Sequence:
         return dead, {base for base, _ in zip(gone, range(short), strict=False)}
 
     def truncate(self, n: int) -> bool:
-        """Rewinds to the first n tokens. False, with nothing changed, when the page of the last of them was evicted, or
-        a sliding group has given up a page that the next row would see: the caller must then clear and prefill again."""
+        """Rewinds to the first n tokens; with whole pages to the page border below them, unless nothing goes: `length`
+        then says what was kept. False, with nothing changed, when the page of the last of them was evicted, or a sliding
+        group has given up a page that the next row would see: the caller must then clear and prefill again."""
         if n > self.length:
             raise ValueError(f"cannot truncate a sequence of {self.length} tokens to {n}")
+        if self.whole_pages and n < self.length:
+            n -= n % PAGE  # what the open page has gathered about its rows cannot be taken back
         if not all(g.can_rewind(n, self._evicted) for g in self._groups):
             return False
         for group in self._groups:

@@ -21,7 +21,7 @@ def pool_layouts(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: 
 
 
 def cache_bytes(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> int:
-    """Bytes of the whole page pool: exactly what is allocated."""
+    """Bytes of the whole page pool and of the side memory: exactly what is allocated."""
     return sum(layout.n_bytes for layout in pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv))
 
 

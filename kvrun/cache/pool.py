@@ -1,7 +1,8 @@
 """The memory of the page pool: one allocation per layer group, made at start and never again.
 
 A page holds 128 token slots of every layer of its group: [layer][K of each KV head, V of each KV head]. So a page is
-one contiguous range of bytes, whatever is later done with it (written to disk, hashed, copied).
+one contiguous range of bytes, whatever is later done with it (written to disk, hashed, copied). After the pages comes
+the side memory that a 4-bit cache keeps for the sequence, [layer].
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from kvrun.cache.planner import pool_layouts
 
 
 class GroupMemory:
-    """One group's pages. memory: uint8 [n_pages * page_stride]."""
+    """One group's pages and side memory. memory: uint8 [n_pages * page_stride]. side: uint8 [layers * side_stride]."""
 
     def __init__(self, layout: GroupLayout) -> None:
         self.layout = layout
         self._arena = Arena(layout.n_bytes, "the KV cache")
-        self.memory: np.ndarray = self._arena.bytes[: layout.n_bytes]
+        self.memory: np.ndarray = self._arena.bytes[: layout.page_bytes]
+        self.side: np.ndarray = self._arena.bytes[layout.page_bytes : layout.n_bytes]
 
     k_dtype = property(lambda self: self.layout.k_dtype)
     v_dtype = property(lambda self: self.layout.v_dtype)
     page_stride = property(lambda self: self.layout.page_stride)
     layer_stride = property(lambda self: self.layout.layer_stride)
     v_offset = property(lambda self: self.layout.v_offset)
+    side_stride = property(lambda self: self.layout.side_stride)
 
     def close(self) -> None:
         """Gives the memory back."""
-        self.memory = None
+        self.memory = self.side = None
         self._arena.close()
 
 
@@ -42,12 +45,14 @@ class Pool:
         self.n_ctx = n_ctx
         self.plan_groups = groups
         layouts = pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv)
+        self.kv = kv
+        self.whole_pages = "q4" in kv
         self.groups = [GroupMemory(layout) for layout in layouts]
         self._free = [FreeList(layout.n_pages) for layout in layouts]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all pages: what the planner announced."""
+        """Bytes of all pages and side memory: what the planner announced."""
         return sum(g.layout.n_bytes for g in self.groups)
 
     @property
@@ -56,8 +61,8 @@ class Pool:
         return max(g.layout.n_pages for g in self.groups)
 
     def sequence(self) -> Sequence:
-        """A new, empty sequence that takes its pages from this pool."""
-        return Sequence(self.plan_groups, self._free, self.n_ctx)
+        """A new, empty sequence that takes its pages from this pool. One at a time where there is side memory."""
+        return Sequence(self.plan_groups, self._free, self.n_ctx, whole_pages=self.whole_pages)
 
     def close(self) -> None:
         """Gives the memory back."""

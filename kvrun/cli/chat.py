@@ -203,7 +203,7 @@ class Chat:
         if self.options.stats:
             from kvrun.cli.report import stats_line
 
-            self.console.report(stats_line(self.engine, self.options.model, self.sampler, end))
+            self.console.report(stats_line(self.engine, self.sampler, end))
         if end.reason == "context":
             self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; {_MENDS}")
         elif end.reason == "interrupt":

@@ -38,8 +38,18 @@ Model = Annotated[str, typer.Argument(
 NCtx = Annotated[int | None, typer.Option(
     "-n", "--n-ctx", metavar="N|max", parser=_n_ctx, show_default=False,
     help="Tokens of context, allocated at start; max is the most that fits. Default: the alias' value, else the trained length, at most 8192.")]
-Kv = Annotated[Literal["f16", "f32"], typer.Option(
-    "--kv", help="Format of the KV cache; f16 is bf16 where the model is bf16.")]
+
+
+def _known_format(kv: str) -> str:
+    from kvrun.cache.formats import resolve_kv
+
+    resolve_kv(kv, "bfloat16")  # before anything is fetched or opened
+    return kv
+
+
+Kv = Annotated[str, typer.Option(
+    "--kv", metavar="FORMAT", callback=_known_format,
+    help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4.")]
 Overflow = Annotated[Literal["stop", "evict"], typer.Option(
     "--overflow", help="When the context is full: stop, or evict, which drops old pages of 128 tokens, says so, and goes on.")]
 Keep = Annotated[int | None, typer.Option(

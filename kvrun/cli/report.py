@@ -7,19 +7,19 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kvrun.cache.formats import kv_name
 from kvrun.terminal.sanitize import json_safe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvrun.backends.batch import Sampler
-    from kvrun.cli.options import ModelOptions
     from kvrun.engine import Engine
     from kvrun.engine.events import Eviction, Stop, Token, TokenLogprob
     from kvrun.hub.files import ModelFiles
 
 
-def stats_line(engine: Engine, options: ModelOptions, sampler: Sampler, end: Stop) -> str:
+def stats_line(engine: Engine, sampler: Sampler, end: Stop) -> str:
     """Counts, speeds and settings of one answer."""
     stats = end.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
@@ -28,7 +28,7 @@ def stats_line(engine: Engine, options: ModelOptions, sampler: Sampler, end: Sto
     seed = f" · seed {sampler.seed}" if sampler.temperature > 0 else " · greedy"
     return (f"prompt {stats.prompt_tokens} tok{cached} in {stats.prefill_seconds:.2f} s, {stats.prefill_rate:.0f} tok/s"
             f" · answer {stats.generated_tokens} tok in {stats.decode_seconds:.2f} s, {stats.decode_rate:.1f} tok/s"
-            f" · ctx {engine.held}/{engine.n_ctx}{evicted}{reread} · kv {options.kv} · {engine.executor.name}{seed} · {end.reason}")
+            f" · ctx {engine.held}/{engine.n_ctx}{evicted}{reread} · kv {kv_name(engine.executor.kv)} · {engine.executor.name}{seed} · {end.reason}")
 
 
 def eviction_line(event: Eviction) -> str:
@@ -38,8 +38,7 @@ def eviction_line(event: Eviction) -> str:
     return f"{why}: dropped {event.tokens} tokens, positions {where}"
 
 
-def answer_json(files: ModelFiles, engine: Engine, options: ModelOptions, sampler: Sampler, tokens: Sequence[Token],
-                end: Stop) -> str:
+def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Sequence[Token], end: Stop) -> str:
     """One JSON object and a newline. Without log-probabilities a token's `logprob` is null and its `top` empty;
     `prompt_logprobs` is null unless --echo asked for it. Positions of an eviction are half-open ranges."""
     stats = end.stats
@@ -63,7 +62,7 @@ def answer_json(files: ModelFiles, engine: Engine, options: ModelOptions, sample
                    "decode_seconds": stats.decode_seconds, "decode_tokens_per_second": stats.decode_rate},
         "evicted_tokens": stats.evicted_tokens, "reread_tokens": stats.reread_tokens,
         "evictions": [{"reason": e.reason, "tokens": e.tokens, "positions": e.positions} for e in stats.evictions],
-        "n_ctx": engine.n_ctx, "kv": options.kv, "device": engine.executor.name,
+        "n_ctx": engine.n_ctx, "kv": kv_name(engine.executor.kv), "device": engine.executor.name,
         "seed": sampler.seed, "sampling": {k: v for k, v in asdict(sampler).items() if k != "seed"},
     })
 

@@ -161,12 +161,12 @@ def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: En
                 end = event
     assert end is not None
     if options.json:
-        console.out(answer_json(files, engine, options.model, sampler, tokens, end))
+        console.out(answer_json(files, engine, sampler, tokens, end))
     else:
         console.answer(end.text)
         console.end_answer()
     if options.stats:
-        console.report(stats_line(engine, options.model, sampler, end))
+        console.report(stats_line(engine, sampler, end))
     if end.reason == "interrupt":
         return 130
     if end.reason == "context":

@@ -143,7 +143,14 @@ class Engine:
             if not length or left < min(n, self.n_ctx // 2) or not self.sequence.truncate(length):
                 return False
             del self.tokens[n:], self._at[n:]
+            self._drop_from(self.sequence.length)
         return True
+
+    def _drop_from(self, length: int) -> None:
+        """Forgets the tokens at positions from `length` on: a rewind may end at the page border below where it was to."""
+        while self._at and self._at[-1] >= length:
+            self.tokens.pop()
+            self._at.pop()
 
     def _prefill(self, job: _Job) -> Generator[Event, None, int | None]:
         """Runs the prompt. Returns the first drawn token; None when interrupted or when none is wanted."""
@@ -225,7 +232,9 @@ class Engine:
         except BaseException:
             del self.tokens[said:], self._at[said:]
             self._move(again or (), itertools.repeat(_GONE))
-            if not self.sequence.truncate(first):
+            if self.sequence.truncate(first):
+                self._drop_from(self.sequence.length)
+            else:
                 self._clear()
             raise
         return drawn
@@ -258,13 +267,15 @@ class Engine:
         yield Notice(f"position {self._limit} is the last that the model was trained for: reading the {len(kept)} tokens "
                      "that are held again, from position 0")
         yield from self._announce(job)
-        for start in range(0, len(kept), self.chunk):
+        done = 0
+        while done < len(kept):
             if self._interrupted:
                 return
-            part = kept[start : start + self.chunk]
+            part = kept[done : done + self.sequence.most_rows(self.chunk)]
             self._step([self.tokens[index] for index in part], job, prefill=True, out_rows=[], draw=False, again=part)
+            done += len(part)
             job.stats.reread_tokens += len(part)
-            yield Prefill(start + len(part), len(kept), 0)
+            yield Prefill(done, len(kept), 0)
 
     def _clear(self) -> None:
         self.sequence.clear()

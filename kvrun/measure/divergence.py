@@ -79,14 +79,17 @@ class Comparison:
             track.rewind(0)
             track.prefill(window[:half])
         step = min(track.executor.plan.max_out for track in self.tracks)
-        for start in range(half, len(window) - 1, step):
-            part = window[start : min(start + step, len(window) - 1)]
+        start = half
+        while start < len(window) - 1:
+            rows = min(track.most_rows(step) for track in self.tracks)
+            part = window[start : min(start + rows, len(window) - 1)]
             for track in self.tracks:
                 track.prefill(part, out=True)
             logits = [track.logits() for track in self.tracks]
             for row in range(len(part)):
                 self._compare([each[row] for each in logits], window[start + row + 1])
-            progress(start + len(part))
+            start += len(part)
+            progress(start)
 
     def _compare(self, logits: list[np.ndarray], following: int) -> None:
         base = _Row(logits[0])

@@ -28,6 +28,7 @@ class Track:
         self.executor = executor
         self.pool = pool
         self._sequence = pool.sequence()
+        self._ids: list[int] = []
 
     @property
     def length(self) -> int:
@@ -37,9 +38,15 @@ class Track:
     def prefill(self, ids: Items[int], out: bool = False) -> None:
         """Appends prompt tokens, in steps of at most the plan's rows. out: every row gives logits, at most max_out."""
         size = self.executor.plan.max_out if out else self.executor.plan.max_rows
-        for start in range(0, len(ids), size):
-            part = list(ids[start : start + size])
+        start = 0
+        while start < len(ids):
+            part = list(ids[start : start + self.most_rows(size)])
             self._step(part, prefill=True, out_rows=list(range(len(part))) if out else [])
+            start += len(part)
+
+    def most_rows(self, wanted: int) -> int:
+        """How many of the next `wanted` rows one step takes: a page that is quantized whole ends a step."""
+        return self._sequence.most_rows(wanted)
 
     def decode(self, token: int) -> int:
         """Appends one token as an answer's, and draws the next, greedily."""
@@ -59,10 +66,14 @@ class Track:
         """Forgets all but the first `length` tokens; of a sliding group at most Model.rewinds back."""
         if not self._sequence.truncate(length):
             raise ValueError(f"the window has moved on from token {length}")
+        again = self._ids[self.length : length]  # a format that quantizes whole pages goes back to a page border
+        del self._ids[self.length :]
+        self.prefill(again)
 
     def _step(self, part: list[int], *, prefill: bool, out_rows: list[int]) -> list[int]:
         first = self._sequence.length
         self._sequence.extend(len(part))
+        self._ids += part
         draw = bool(out_rows) and (not prefill or len(out_rows) == 1)
         return self.executor.step(Batch(
             tokens=part, positions=list(range(first, first + len(part))), tables=[[t] for t in self._sequence.tables()],

@@ -11,8 +11,8 @@ def logits_of(engine, ids: list[int], *, chunk: int, prefill: bool = True) -> np
     """float32 [len(ids)][vocab] from an emptied cache, in steps of `chunk` rows, every row giving logits."""
     engine.sequence.clear()
     rows = []
-    for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk]
+    while (start := engine.sequence.length) < len(ids):
+        part = ids[start : start + engine.sequence.most_rows(chunk)]
         engine.sequence.extend(len(part))
         engine.executor.step(Batch(
             tokens=part, positions=list(range(start, start + len(part))), prefill=prefill,

@@ -9,7 +9,8 @@ import torch
 
 from kvrun.backends.batch import Batch, PageTable, Sampler
 from kvrun.backends.plan import Buffer, CacheRef, CacheGroup, Op, Plan, Vector
-from kvrun.backends.reference import LayerPages, ReferenceExecutor
+from kvrun.backends.reference import ReferenceExecutor
+from kvrun.backends.reference_cache import LayerPages
 from kvrun.cache.pool import Pool
 from kvrun.errors import NumericError
 from kvrun.models.spec import TensorRef
@@ -54,7 +55,8 @@ def test_pages_lie_as_the_header_says(rng, k_dtype, v_dtype):
     pages = [LayerPages(memory, i, KV, DIM) for i in range(3)]
     page, slot = torch.tensor([2, 0, 2]), torch.tensor([127, 18, 3])
     k, v = (torch.from_numpy(rng.integers(-8, 8, (3, KV, DIM)).astype(np.float32)) for _ in range(2))
-    pages[1].store(page, slot, k, v)
+    pages[1].k.store(page, slot, k)
+    pages[1].v.store(page, slot, v)
     dtypes = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
     for i in range(3):
         for h in range(KV):
@@ -64,9 +66,9 @@ def test_pages_lie_as_the_header_says(rng, k_dtype, v_dtype):
                 size = dtypes[name].itemsize
                 raw = raw[: len(raw) // size * size].view(dtypes[name])[h * PAGE * DIM:]
                 assert [float(raw[index(int(slot[i]), c)]) for c in range(DIM)] == values[i, h].tolist()
-    got_k, got_v = pages[1].load([2])
+    got_k, got_v = pages[1].load(PageTable([2], [0]), 0)
     assert torch.equal(got_k[:, 127], k[0]) and torch.equal(got_v[:, 3], v[2])
-    written = sum(int(torch.isfinite(p.k.float()).sum() + torch.isfinite(p.v.float()).sum()) for p in pages)
+    written = sum(int(torch.isfinite(half.pages.values.float()).sum()) for p in pages for half in (p.k, p.v))
     assert written == 3 * KV * DIM * 2                        # and nothing else, in no other layer
 
 
@@ -123,7 +125,7 @@ def test_sequences_side_by_side_with_holes_and_rubbish(rng, window, softcap, sin
 def test_numbers_that_are_not_finite_are_an_error():
     logits = Buffer("logits", 5, True)
     plan = Plan((Op("sample", -1, dict(logits=logits, vocab=5)),), (), 5, 2, 2, logits)
-    executor = ReferenceExecutor(plan, Parameters(), {}, SimpleNamespace(groups=[], close=lambda: None))
+    executor = ReferenceExecutor(plan, Parameters(), {}, SimpleNamespace(groups=[], kv=("f32", "f32"), close=lambda: None))
 
     def step(values, sampler):
         executor._values[logits][0] = torch.tensor(values)

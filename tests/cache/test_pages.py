@@ -60,6 +60,33 @@ def test_random_lives(seed: int, n_ctx: int, chunk: int, windows: list[int]) -> 
     assert all(len(f) == f.n_pages for f in free)
 
 
+@given(st.integers(0, 2**32), st.lists(st.sampled_from([0, 40, 128, 500]), min_size=1, max_size=2))
+def test_lives_of_whole_pages(seed: int, windows: list[int]) -> None:
+    """No step spans two pages; a rewind keeps everything or ends at a page border, at most a page below."""
+    rng = random.Random(seed)
+    groups = tuple(CacheGroup(w, (i,), 1, 64) for i, w in enumerate(windows))
+    seq = Sequence(groups, [FreeList(pages_needed(g, 1000, PAGE)) for g in groups], 1000, whole_pages=True)
+    for _ in range(40):
+        if rng.random() < 0.8 and seq.length < 1000:
+            rows = seq.most_rows(min(rng.choice([1, rng.randint(1, 300)]), 1000 - seq.length))
+            before = seq.length
+            seq.extend(rows)
+            assert rows >= 1 and before // PAGE == (seq.length - 1) // PAGE
+        else:
+            before, n = seq.length, rng.randint(0, seq.length)
+            if seq.truncate(n):
+                assert seq.length == (n if n == before else n - n % PAGE)
+                assert all(b < seq.length for table in seq.tables() for b in table.base)
+            else:
+                assert seq.length == before and any(windows)
+
+
+def test_steps_of_other_caches_are_not_cut() -> None:
+    seq, _, _ = make(4096, 512, [0])
+    seq.extend(100)
+    assert seq.most_rows(512) == 512
+
+
 def test_full_group_takes_all_pages_and_then_stops() -> None:
     seq, free, _ = make(300, 64, [0])
     assert free[0].n_pages == 3

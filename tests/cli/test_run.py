@@ -68,7 +68,7 @@ def prompt_of(kvrun, folder, *args, input: bytes = b"") -> str:
     """The text that the model read, taken from the JSON of --echo."""
     result = kvrun("run", folder, *args, "--json", "--echo", "--max-tokens", "0", input=input)
     assert result.returncode == 0, result.stderr
-    return bytes(b for place in json.loads(result.stdout)["prompt_logprobs"][1:] for b in [place["id"]] if b < 256).decode()
+    return bytes(b for place in json.loads(result.stdout)["prompt_logprobs"] for b in [place["id"]] if b < 256).decode()
 
 
 def test_where_the_prompt_comes_from(kvrun, without_template, tmp_path):

@@ -64,14 +64,16 @@ def _config(sizes: dict[str, int], layers: int) -> dict:
             "num_attention_heads": sizes["heads"], "num_key_value_heads": sizes["kv_heads"], "head_dim": sizes["dim"]}
 
 
-def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, template: str | None = TEMPLATE) -> Path:
+def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, template: str | None = TEMPLATE,
+                 dim: int = 32, key_bias: float | None = None) -> Path:
     """Random weights, spread enough that answers wander over the vocabulary and depend on all of the context.
 
     With top_k=50 or greedy, an answer has no end of its own. window: 0 is a Llama with full attention, else a Mistral
-    whose layers all slide over that many positions.
+    whose layers all slide over that many positions. dim: the size of a head. key_bias: a Qwen 2 with that bias on one
+    channel of the last layer's K.
     """
     rng = np.random.default_rng(seed)
-    sizes = {"hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "dim": 32}
+    sizes = {"hidden": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "dim": dim}
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
         return rng.standard_normal(shape) * (2.0 / np.sqrt(shape[-1]))
@@ -86,6 +88,11 @@ def random_model(folder: Path, seed: int, *, layers: int = 3, window: int = 0, t
     config = _config(sizes, layers)
     if window:
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if key_bias is not None:
+        config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        for i in range(layers):
+            tensors |= {f"model.layers.{i}.self_attn.{p}_proj.bias": np.zeros(dim * sizes["heads" if p == "q" else "kv_heads"]) for p in "qkv"}
+        tensors[f"model.layers.{layers - 1}.self_attn.k_proj.bias"][5] = key_bias
     _write(folder, [], [BOS, EOS, START], tensors, config, template)
     return folder
 

@@ -114,7 +114,8 @@ class Machine:
 
     def run(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), prefill=False, out_row=(), sampler=None, token=None,
             max_pages: int | None = None, status: int = lib.KV_OK) -> list[int]:
-        """Runs (kind, fields) ops for rows at positions `pos`. tables[group][sequence] = (pages, bases). Returns next."""
+        """Runs (kind, fields) ops for rows at positions `pos`. tables[group][sequence] = (pages, bases[, side]).
+        Returns next."""
         rows, out = len(pos), len(out_row)
         plan = ffi.new("kv_op[]", len(ops))
         for op, (kind, fields) in zip(plan, ops, strict=True):
@@ -126,11 +127,12 @@ class Machine:
         n_seqs = len(tables[0]) if tables else int(keep["seq"].max()) + 1
         c_tables = ffi.new("kv_table[]", max(1, len(tables) * n_seqs))
         arrays = []
-        for c_table, (pages, bases) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
+        for c_table, (pages, bases, *side) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
             arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
             c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
+            c_table.side = side[0] if side else 0
         if max_pages is None:
-            max_pages = max((len(pages) for group in tables for pages, _ in group), default=0)
+            max_pages = max((len(table[0]) for group in tables for table in group), default=0)
         state = ffi.new("kv_state *", {"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
                                        "status": 99, "table": c_tables, "sampler": ffi.NULL if sampler is None else sampler,
                                        "appended": self.appended, **{n: pointer(a, "int32_t *") for n, a in keep.items()}})

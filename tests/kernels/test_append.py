@@ -127,5 +127,5 @@ def test_position_without_a_page_is_refused(machine, rng):
 def test_page_bytes(rng):
     for dtype in ("f32", "f16", "bf16"):
         cache = Cache(1, 1, 80, dtype, dtype)
-        assert lib.kv_page_bytes(DTYPES[dtype], 80) == cache.head(0, 0, "k").nbytes == cache.head(0, 0, "v").nbytes
-    assert [lib.kv_page_bytes(DTYPES["q4_k"], 64), lib.kv_page_bytes(DTYPES["f32"], 63), lib.kv_page_bytes(DTYPES["f32"], 0)] == [-1] * 3
+        assert lib.kv_page_bytes(DTYPES[dtype], 80, False) == cache.head(0, 0, "k").nbytes == cache.head(0, 0, "v").nbytes
+    assert [lib.kv_page_bytes(DTYPES[dtype], dim, 0) for dtype, dim in (("q4_k", 64), ("f32", 63), ("f32", 0))] == [-1] * 3
