@@ -6,6 +6,8 @@ import pytest
 
 from kvrun.cli.main import _guarded
 
+from ..engine.tiny_model import random_model
+
 
 def check(result, code, *words):
     assert result.returncode == code, result.stderr
@@ -24,10 +26,17 @@ def test_usage(kvrun, scripted):
     check(kvrun("run", scripted, "x", "--temp", "warm"), 2, "--temp")
     check(kvrun("run", scripted, "x", "--top-p", "1.5"), 2, "--top-p")
     check(kvrun("run", scripted, "x", "--device", "abacus"), 2, "--device")
-    check(kvrun("run", scripted, "x", "--kv", "q3"), 2, "--kv")
+    for kv in ("q3", "", "q4/", "q8/q4/q4", "f32/q8", "bf16"):
+        check(kvrun("run", scripted, "x", "--kv", kv), 2, f"--kv {kv}")
+    check(kvrun("run", "no-such-model", "x", "--kv", "q5"), 2, "--kv q5")      # before a model is looked for
     check(kvrun("run", scripted, "x", "--logprobs", "3"), 2, "--json")
     check(kvrun("run", scripted, "x", "--raw", "-s", "y"), 2, "--raw")
     check(kvrun("run", scripted, "x", "--repeat-penalty", "0"), 2, "--repeat-penalty")
+
+
+def test_heads_that_fit_no_quantized_page(kvrun, tmp_path):
+    folder = random_model(tmp_path / "odd", 3, dim=40)
+    check(kvrun("run", folder, "x", "--kv", "q8/q4", "--max-tokens", "1"), 2, "--kv q8/q4", "40 channels", "--kv f16")
 
 
 def test_no_arguments_show_the_help(kvrun):

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from ..engine.tiny_model import random_model
 from .conftest import HOSTILE, KVRUN, LINES
 
 SAID = "Größe,\nWelt\n".encode()
@@ -182,3 +183,13 @@ def test_two_runs_at_once_do_not_disturb_each_other(environment, scripted):
     both = [subprocess.Popen([*KVRUN, "run", str(scripted), "x"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, env=environment) for _ in range(2)]
     assert [p.communicate(timeout=60) for p in both] == [(SAID, b"")] * 2
+
+
+def test_kv_says_what_the_cache_has(kvrun, random_folder, tmp_path):
+    for kv in ("q8", "q4", "f16/q4"):
+        said = json.loads(kvrun("run", random_folder, "x" * 150, "--kv", kv, "--max-tokens", "20", "--json").stdout)
+        assert said["kv"] == kv and len(said["tokens"]) == 20
+    biased = random_model(tmp_path / "biased", 3, key_bias=200.0)
+    result = kvrun("run", biased, "x" * 150, "--kv", "q4", "--max-tokens", "20", "--json")
+    assert json.loads(result.stdout)["kv"] == "q8/q4" and result.returncode == 0
+    assert b"bias of 200" in result.stderr and result.stderr.count(b"\n") == 1
