@@ -15,7 +15,7 @@ extern "C" {
 #endif
 #include <stdint.h>
 
-#define KV_ABI 2          /* bumped with every change of this file's meaning */
+#define KV_ABI 3          /* bumped with every change of this file's meaning */
 #define KV_PAGE 128       /* token slots of a cache page */
 #define KV_LANES 16       /* rows of a weight block, tokens of a K block */
 #define KV_GROUP 32       /* columns that share a quantization scale */

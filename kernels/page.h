@@ -21,12 +21,14 @@
  *
  * Q8, appended token by token: y = rotate(x); groups of G = 32 channels (16 where 32 does not divide D);
  *   scale = f16(max|y| / 127), code = clamp(rint(y / scale), -127, 127), 0 where scale is 0; value = scale*code, rotated.
- *   K  int8 [8][D][16] (16 tokens in the lanes), then f16 scale [8][D/G][16]
- *   V  int8 [128][D], then f16 scale [128][D/G]
+ *   K  int8 [8][D/4][16][4] (16 tokens in the lanes, four channels side by side), then f16 scale [8][D/G][16]
+ *   V  int8 [32][D][4] (channels in the lanes, four tokens side by side), then f16 scale [D/G][128]
+ *   Both are the B operand of an int8 product (VNNI, AMX) as they lie.
  *
  * Q4 of K, a whole page at a time, not rotated: channels share bytes in pairs, a channel that matters with one that does
  * not, s bits for the first and 8-s for the second, s in 4..8.
- *   uint8 row[D/2][128]: byte t of row i = (code of channel high[i]) << (8-s) | code of channel low[i], for slot t
+ *   uint8 pair[8][D/8][16][4] (16 tokens in the lanes, four pairs side by side): the byte of pair i =
+ *   (code of channel high[i]) << (8-s) | code of channel low[i]
  *   f16 scale[D]; f16 zero[D]; uint8 chan[D/2][2] (high, low); uint8 split[D/2] (s); padded to a multiple of 64 bytes
  *   value = scale*code + zero
  *   importance w[c] = (qsq[c] * range[c]) * range[c], range = max - min over the page's slots (slots of sinks take the
@@ -36,7 +38,8 @@
  * Q4 of V, a whole page at a time: y = rotate(x); groups of G = 64 channels (D where 64 does not divide D); scale =
  *   f16((max-min)/15), zero = f16(min), code = clamp(rint((y - zero) / scale), 0, 15); where scale is 0: code 0, zero =
  *   f16(min + 0.5*(max-min)). value = scale*code + zero, rotated.
- *   uint8 nibble[128][D/2] (channel 2i low, 2i+1 high), then f16 scale[128][D/G], f16 zero[128][D/G]
+ *   uint8 nibble[16][D][4] (channels in the lanes; byte i of octet o has token 8o+i low and token 8o+4+i high), then
+ *   f16 scale[D/G][128], f16 zero[D/G][128]
  *
  * Side memory of a sequence in one layer, for Q4; each part present only where its format is Q4, in this order:
  *   K: bf16 open[kv_heads] (K page layout above), bf16 sinks[kv_heads][D/2][16][2], float qsq[kv_heads][D]
@@ -59,6 +62,14 @@ static inline int64_t kv_k_index(int t, int c, int head_dim) {
 static inline int64_t kv_v_index(int t, int c, int head_dim) {
     return ((int64_t)(t / 2) * head_dim + c) * 2 + t % 2;
 }
+
+/* The same in a quantized page, in bytes: K and V of Q8, pair i of K of Q4, V of Q4 (whose nibble is t / 4 % 2). */
+static inline int64_t kv_k8_index(int t, int c, int head_dim) {
+    return ((int64_t)(t / KV_LANES) * (head_dim / 4) + c / 4) * (4 * KV_LANES) + (t % KV_LANES) * 4 + c % 4;
+}
+static inline int64_t kv_v8_index(int t, int c, int head_dim) { return ((int64_t)(t / 4) * head_dim + c) * 4 + t % 4; }
+static inline int64_t kv_k4_index(int t, int i, int head_dim) { return kv_k8_index(t, i, head_dim / 2); }
+static inline int64_t kv_v4_index(int t, int c, int head_dim) { return ((int64_t)(t / 8) * head_dim + c) * 4 + t % 4; }
 
 /* Channels that share a scale: of a Q8 page, of V in a Q4 page. */
 static inline int kv_q8_group(int head_dim) { return head_dim % 32 ? 16 : 32; }

@@ -1,17 +1,13 @@
-// bytes.h - more of simd.h: sixteen bytes as lanes.
+// bytes.h - more of simd.h: bytes of sixteen words.
 #pragma once
 #include "lanes.h"
 
 namespace KV_NS {
 
-// load_i8: 16 signed bytes as floats. load_u8: 16 bytes, zero-extended; load_u8_8: 8 bytes, the upper lanes zero.
-// low_bits: a & mask. whole: words below 2^24 as floats. gather: p[index[lane]]. interleave: even0 odd0 even1 odd1 ...
+// shifted: a >> S. low_bits: a & mask. whole: words below 2^24 as floats. gather: p[index[lane]].
+// interleave: even0 odd0 even1 odd1 ...
 #if defined(__AVX512F__)
-static inline f32x16 load_i8(const int8_t *p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))};
-}
-static inline u32x16 load_u8(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
-static inline u32x16 load_u8_8(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
+template <int S> static inline u32x16 shifted(u32x16 a) { return {_mm512_srli_epi32(a.v, S)}; }
 static inline u32x16 low_bits(u32x16 a, uint32_t mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi32((int)mask))}; }
 static inline f32x16 whole(u32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline f32x16 gather(const float *p, const int32_t *index) {
@@ -23,16 +19,7 @@ static inline void interleave(f32x16 even, f32x16 odd, f32x16 &low, f32x16 &high
     high.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
 }
 #elif defined(__AVX2__)
-static inline f32x16 load_i8(const int8_t *p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8))))};
-}
-static inline u32x16 load_u8(const uint8_t *p) {
-    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))};
-}
-static inline u32x16 load_u8_8(const uint8_t *p) {
-    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), _mm256_setzero_si256()};
-}
+template <int S> static inline u32x16 shifted(u32x16 a) { return {_mm256_srli_epi32(a.lo, S), _mm256_srli_epi32(a.hi, S)}; }
 static inline u32x16 low_bits(u32x16 a, uint32_t mask) {
     const __m256i m = _mm256_set1_epi32((int)mask);
     return {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)};
@@ -51,20 +38,9 @@ static inline void interleave(f32x16 even, f32x16 odd, f32x16 &low, f32x16 &high
     interleave_half(even.hi, odd.hi, high);
 }
 #else
-static inline f32x16 load_i8(const int8_t *p) {
-    f32x16 r;
-    for (int i = 0; i < 16; i++) r.v[i] = (float)p[i];
-    return r;
-}
-static inline u32x16 load_u8(const uint8_t *p) {
-    u32x16 r;
-    for (int i = 0; i < 16; i++) r.v[i] = p[i];
-    return r;
-}
-static inline u32x16 load_u8_8(const uint8_t *p) {
-    u32x16 r;
-    for (int i = 0; i < 16; i++) r.v[i] = i < 8 ? p[i] : 0;
-    return r;
+template <int S> static inline u32x16 shifted(u32x16 a) {
+    for (int i = 0; i < 16; i++) a.v[i] >>= S;
+    return a;
 }
 static inline u32x16 low_bits(u32x16 a, uint32_t mask) {
     for (int i = 0; i < 16; i++) a.v[i] &= mask;

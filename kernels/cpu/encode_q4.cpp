@@ -132,31 +132,32 @@ void encode_k_q4(char *page, const uint16_t *open, const float *qsq, int dim, in
             importance[from + i] = good[i] && w <= 1.7976931348623157e308 ? w : 0;
         }
     }
-    uint8_t *rows = (uint8_t *)page;
+    uint8_t *pairs = (uint8_t *)page;
     uint16_t *scale = (uint16_t *)(page + (int64_t)KV_PAGE * dim / 2), *zero = scale + dim;
     uint8_t *chan = (uint8_t *)(zero + dim), *split = chan + dim, *end = split + dim / 2;
     memset(end, 0, (size_t)(page + kv_head_bytes(KV_Q4, dim, 0) - (char *)end));
     pair_channels(importance, dim, chan, split);
-    uint8_t row_of[KV_MAX_QUANT_DIM], shift_of[KV_MAX_QUANT_DIM];
+    uint8_t pair_of[KV_MAX_QUANT_DIM], shift_of[KV_MAX_QUANT_DIM];
     for (int i = 0; i < dim / 2; i++) {
         const int high = chan[2 * i], other = chan[2 * i + 1];
-        row_of[high] = row_of[other] = (uint8_t)i;
+        pair_of[high] = pair_of[other] = (uint8_t)i;
         shift_of[high] = (uint8_t)(8 - split[i]);
         shift_of[other] = 0;
         top[high] = (float)((1 << split[i]) - 1);
         top[other] = (float)((1 << (8 - split[i])) - 1);
     }
-    memset(rows, 0, (size_t)KV_PAGE * dim / 2);
+    memset(pairs, 0, (size_t)KV_PAGE * dim / 2);
     for (int from = 0; from < dim; from += N) {
         Fit found;
         load_channels(x, open, from, dim, first);
         fit(x, low + from, span + from, finite + from, top + from, code, found);
         memcpy(scale + from, found.scale, sizeof found.scale);
         memcpy(zero + from, found.zero, sizeof found.zero);
-        for (int i = 0; i < N; i++) {
-            uint8_t *row = rows + row_of[from + i] * KV_PAGE;
-            for (int t = 0; t < KV_PAGE; t++) row[t] = (uint8_t)(row[t] | (int)code[t][i] << shift_of[from + i]);
-        }
+        for (int i = 0; i < N; i++)
+            for (int t = 0; t < KV_PAGE; t++) {
+                uint8_t *byte = pairs + kv_k4_index(t, pair_of[from + i], dim);
+                *byte = (uint8_t)(*byte | (int)code[t][i] << shift_of[from + i]);
+            }
     }
 }
 
@@ -179,16 +180,16 @@ void encode_v_q4(char *page, const uint16_t *open, int dim) {
             const float span = high - low, half = 0.5f * span;
             uint16_t scale = clamped_f16(span / 15.f), zero = clamped_f16(scale ? low : low + half);
             if (!finite) scale = zero = F16_NAN;
-            scales[t * groups + g] = scale;
-            zeros[t * groups + g] = zero;
+            scales[g * KV_PAGE + t] = scale;
+            zeros[g * KV_PAGE + t] = zero;
             const float s = kv::f16_to_f32(scale), from = kv::f16_to_f32(zero);
-            uint8_t *out = (uint8_t *)page + ((int64_t)t * dim + g * group) / 2;
+            uint8_t *out = (uint8_t *)page + kv_v4_index(t, g * group, dim);
             uint8_t code[KV_MAX_QUANT_DIM];
             if (s > 0)
                 for (int i = 0; i < group; i++) code[i] = (uint8_t)clamped_rint((z[i] - from) / s, 0.f, 15.f);
             else
                 memset(code, 0, group);
-            for (int i = 0; i < group / 2; i++) out[i] = (uint8_t)(code[2 * i] | code[2 * i + 1] << 4);
+            for (int i = 0; i < group; i++) out[4 * i] = (uint8_t)(t / 4 % 2 ? out[4 * i] | code[i] << 4 : code[i]);
         }
     }
 }

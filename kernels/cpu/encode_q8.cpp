@@ -32,15 +32,17 @@ void store_k_q8(char *page, const float *x, int t, int dim) {
     uint16_t scale[KV_MAX_QUANT_DIM / 16];
     encode(code, scale, x, dim);
     const int groups = dim / kv_q8_group(dim), block = t / KV_LANES, lane = t % KV_LANES;
-    int8_t *codes = (int8_t *)page + (int64_t)block * dim * KV_LANES + lane;
-    for (int c = 0; c < dim; c++) codes[c * KV_LANES] = code[c];
+    for (int c = 0; c < dim; c += 4) memcpy(page + kv_k8_index(t, c, dim), code + c, 4);
     uint16_t *scales = (uint16_t *)(page + KV_PAGE * dim) + block * groups * KV_LANES + lane;
     for (int g = 0; g < groups; g++) scales[g * KV_LANES] = scale[g];
 }
 
 void store_v_q8(char *page, const float *x, int t, int dim) {
-    const int groups = dim / kv_q8_group(dim);
-    encode((int8_t *)page + (int64_t)t * dim, (uint16_t *)(page + KV_PAGE * dim) + t * groups, x, dim);
+    int8_t code[KV_MAX_QUANT_DIM];
+    uint16_t scale[KV_MAX_QUANT_DIM / 16], *scales = (uint16_t *)(page + KV_PAGE * dim) + t;
+    encode(code, scale, x, dim);
+    for (int c = 0; c < dim; c++) page[kv_v8_index(t, c, dim)] = code[c];
+    for (int g = 0; g < dim / kv_q8_group(dim); g++) scales[g * KV_PAGE] = scale[g];
 }
 
 }  // namespace KV_NS

@@ -1,6 +1,8 @@
 // quant_k.h - scores of queries against K in 8 and 4 bits: codes become floats in registers, all scales stay outside of
 // the inner loops.
 #pragma once
+#include <type_traits>
+
 #include "bytes.h"
 
 namespace KV_NS {
@@ -18,9 +20,15 @@ static inline void ask_for(const char *&ahead, int bytes) {
     if (ahead) __builtin_prefetch(ahead, 0, 2), ahead += bytes;
 }
 
+// f(0), f(1), f(2), f(3) with the number known to the compiler: which of four bytes.
+template <class F> static inline __attribute__((always_inline)) void four(F f) {
+    f(std::integral_constant<int, 0>()), f(std::integral_constant<int, 1>());
+    f(std::integral_constant<int, 2>()), f(std::integral_constant<int, 3>());
+}
+
 // Q8: s[q][16*b + lane] = sum over groups of scale * sum over channels of q*code. q is rotated, as the codes are.
 template <int NQ, int NB, int GROUP>
-static inline void scores_q8_blocks(const int8_t *code, const uint16_t *scale, int dim, const float *q, int64_t q_stride,
+static inline void scores_q8_blocks(const char *code, const uint16_t *scale, int dim, const float *q, int64_t q_stride,
                                     float *s, int64_t s_stride, const char *&ahead) {
     for (int g = 0; g < dim / GROUP; g++) {
         f32x16 sum[NQ][NB];
@@ -28,18 +36,23 @@ static inline void scores_q8_blocks(const int8_t *code, const uint16_t *scale, i
         for (int i = 0; i < NQ; i++)
 #pragma GCC unroll 16
             for (int b = 0; b < NB; b++) sum[i][b] = splat(0);
-        for (int c = g * GROUP; c < g * GROUP + GROUP; c++) {
-            ask_for(ahead, 16 * NB);
+        for (int c = g * GROUP; c < g * GROUP + GROUP; c += 4) {
+            ask_for(ahead, 64 * NB);
+            u32x16 word[NB];
 #pragma GCC unroll 16
-            for (int b = 0; b < NB; b++) {
-                const f32x16 x = load_i8(code + (b * dim + c) * 16);
+            for (int b = 0; b < NB; b++) word[b] = load_words(code + (b * dim + c) * 16);
+            four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-                for (int i = 0; i < NQ; i++) sum[i][b] = fma(splat(q[i * q_stride + c]), x, sum[i][b]);
-            }
+                for (int b = 0; b < NB; b++) {
+                    const f32x16 x = byte_2p24<byte>(word[b]);
+#pragma GCC unroll 16
+                    for (int i = 0; i < NQ; i++) sum[i][b] = fma(splat(q[i * q_stride + c + byte]), x, sum[i][b]);
+                }
+            });
         }
 #pragma GCC unroll 16
         for (int b = 0; b < NB; b++) {
-            const f32x16 factor = load_f16(scale + (b * (dim / GROUP) + g) * 16);
+            const f32x16 factor = load_f16(scale + (b * (dim / GROUP) + g) * 16) * splat(0x1p-24f);
 #pragma GCC unroll 16
             for (int i = 0; i < NQ; i++) {
                 float *to = s + i * s_stride + 16 * b;
@@ -53,13 +66,12 @@ template <int NQ, int GROUP>
 static void scores_q8(const char *page, int dim, int from, int to, const float *q, int64_t q_stride, float *s, int64_t s_stride,
                       const char *ahead) {
     constexpr int NB = blocks_for(NQ);
-    const int8_t *code = (const int8_t *)page;
     const uint16_t *scale = (const uint16_t *)(page + KV_PAGE * dim);
     const int row = dim / GROUP * 16;
     for (; from + NB <= to; from += NB)
-        scores_q8_blocks<NQ, NB, GROUP>(code + from * dim * 16, scale + from * row, dim, q, q_stride, s + 16 * from, s_stride, ahead);
+        scores_q8_blocks<NQ, NB, GROUP>(page + from * dim * 16, scale + from * row, dim, q, q_stride, s + 16 * from, s_stride, ahead);
     for (; from < to; from++)
-        scores_q8_blocks<NQ, 1, GROUP>(code + from * dim * 16, scale + from * row, dim, q, q_stride, s + 16 * from, s_stride, ahead);
+        scores_q8_blocks<NQ, 1, GROUP>(page + from * dim * 16, scale + from * row, dim, q, q_stride, s + 16 * from, s_stride, ahead);
 }
 
 // What a Q4 page of K says of its channels.
@@ -68,12 +80,12 @@ struct PairedChannels {
     int32_t high[KV_MAX_QUANT_DIM / 2], low[KV_MAX_QUANT_DIM / 2];   // channels of a row of bytes
     float down[KV_MAX_QUANT_DIM / 2];                               // 2^-(bits of the low channel)
     uint32_t mask[KV_MAX_QUANT_DIM / 2];                            // those bits
-    const uint8_t *row;
+    const char *pairs;
     int dim;
 
     void read(const char *page, int d) {
         dim = d;
-        row = (const uint8_t *)page;
+        pairs = page;
         const uint16_t *scales = (const uint16_t *)(page + (int64_t)KV_PAGE * d / 2);
         for (int c = 0; c < d; c += 16) {
             store(scale + c, load_f16(scales + c));
@@ -124,17 +136,22 @@ static inline void scores_q4_blocks(const PairedChannels &page, int block, const
     for (int i = 0; i < NQ; i++)
 #pragma GCC unroll 16
         for (int b = 0; b < NB; b++) sum[i][b] = splat(zeros[i]);
-    const uint8_t *row = page.row + 16 * block;
-    for (int r = 0; r < page.dim / 2; r++, row += KV_PAGE) {
-        ask_for(ahead, 16 * NB);
+    const char *at = page.pairs + block * page.dim * 8;
+    for (int r = 0; r < page.dim / 2; r += 4, at += 64) {
+        ask_for(ahead, 64 * NB);
+        u32x16 word[NB];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) {
-            const u32x16 byte = load_u8(row + 16 * b);
-            const f32x16 x = whole(byte), y = whole(low_bits(byte, page.mask[r]));
+        for (int b = 0; b < NB; b++) word[b] = load_words(at + b * page.dim * 8);
+        four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-            for (int i = 0; i < NQ; i++)
-                sum[i][b] = fma(splat(factors[i][2 * r + 1]), y, fma(splat(factors[i][2 * r]), x, sum[i][b]));
-        }
+            for (int b = 0; b < NB; b++) {
+                const u32x16 one = shifted<8 * byte>(word[b]);
+                const f32x16 x = whole(low_bits(one, 255)), y = whole(low_bits(one, page.mask[r + byte]));
+#pragma GCC unroll 16
+                for (int i = 0; i < NQ; i++)
+                    sum[i][b] = fma(splat(factors[i][2 * (r + byte) + 1]), y, fma(splat(factors[i][2 * (r + byte)]), x, sum[i][b]));
+            }
+        });
     }
 #pragma GCC unroll 16
     for (int i = 0; i < NQ; i++)

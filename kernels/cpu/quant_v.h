@@ -7,7 +7,7 @@ namespace KV_NS {
 
 static const int MAX_GROUPS = KV_MAX_QUANT_DIM / 16;
 
-// What a page says of the scales of V: [slot][group] floats.
+// What a page says of the scales of V: [group][slot] floats.
 struct ScalesOfV {
     float scale[KV_PAGE * MAX_GROUPS], zero[KV_PAGE * MAX_GROUPS / 2];
     const char *code;
@@ -27,54 +27,47 @@ private:
     }
 };
 
-// w[slot][group] = p[slot] * scale[slot][group]
-template <int G> static inline void weights_of(const float *p, const float *scale, int from, int to, float *w) {
-    for (int t = from; t < to; t++)
-        for (int g = 0; g < G; g++) w[t * G + g] = p[t] * scale[t * G + g];
-}
-static inline void weights(const float *p, const ScalesOfV &v, int from, int to, float *w) {
-    switch (v.groups) {
-        case 1: return weights_of<1>(p, v.scale, from, to, w);
-        case 2: return weights_of<2>(p, v.scale, from, to, w);
-        case 4: return weights_of<4>(p, v.scale, from, to, w);
-        case 8: return weights_of<8>(p, v.scale, from, to, w);
-    }
-    for (int t = from; t < to; t++)
-        for (int g = 0; g < v.groups; g++) w[t * v.groups + g] = p[t] * v.scale[t * v.groups + g];
+// w[group][slot] = p[slot] * scale[group][slot] * factor for the slots [from, to), 0 for the others in blocks of 16 around them.
+static inline void weights(const float *p, const ScalesOfV &v, int from, int to, float factor, float *w) {
+    for (int g = 0; g < v.groups; g++, w += KV_PAGE)
+        for (int b = from / 16; b < (to + 15) / 16; b++) {
+            const f32x16 x = load(p + 16 * b) * (load(v.scale + g * KV_PAGE + 16 * b) * splat(factor));
+            store(w + 16 * b, slots_inside(b, from, to, x, splat(0)));
+        }
 }
 
-// out[group] = sum over slots of p * zero, slots in [from, to), multiples of 16.
-static inline void zero_sums(const float *p, const ScalesOfV &v, int from, int to, float *out) {
-    if (v.groups == 1) {
-        f32x16 s = splat(0);
-        for (int t = from; t < to; t += 16) s = fma(load(p + t), load(v.zero + t), s);
-        out[0] = sum(s);
-        return;
-    }
-    for (int g = 0; g < v.groups; g++) out[g] = 0;
-    for (int t = from; t < to; t++)
-        for (int g = 0; g < v.groups; g++) out[g] += p[t] * v.zero[t * v.groups + g];
+// Sum over the slots [from, to) of p * zero.
+static inline float zero_sum(const float *p, const float *zero, int from, int to) {
+    f32x16 s = splat(0);
+    for (int b = from / 16; b < (to + 15) / 16; b++)
+        s = s + slots_inside(b, from, to, load(p + 16 * b) * load(zero + 16 * b), splat(0));
+    return sum(s);
 }
 
-// out[q][16*b ..] = keep[q]*out + sum over slots of w * code, for NB blocks of 16 channels.
+// out[q][16*b ..] = keep[q]*out + sum over slots of w * code, for NB blocks of 16 channels. w has 2^-24 in it and is zero
+// in the slots before `from` and after `to` that share four with them.
 template <int NQ, int NB, int GROUP>
-static inline void sums_q8_blocks(const int8_t *code, int dim, int from, int to, const float *w, int64_t w_stride, float *out,
+static inline void sums_q8_blocks(const char *code, int dim, int from, int to, const float *w, int64_t w_stride, float *out,
                                   int64_t out_stride, const float *keep, const char *&ahead) {
-    const int groups = dim / GROUP;
     f32x16 sum[NQ][NB];
 #pragma GCC unroll 16
     for (int i = 0; i < NQ; i++)
 #pragma GCC unroll 16
         for (int b = 0; b < NB; b++) sum[i][b] = splat(0);
-    for (int t = from; t < to; t++) {
-        ask_for(ahead, 16 * NB);
+    for (int t = from / 4 * 4; t < to; t += 4) {
+        ask_for(ahead, 64 * NB);
+        u32x16 word[NB];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) {
-            const f32x16 x = load_i8(code + t * dim + 16 * b);
+        for (int b = 0; b < NB; b++) word[b] = load_words(code + (t / 4 * dim + 16 * b) * 4);
+        four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-            for (int i = 0; i < NQ; i++)
-                sum[i][b] = fma(splat(w[i * w_stride + t * groups + b * 16 / GROUP]), x, sum[i][b]);
-        }
+            for (int b = 0; b < NB; b++) {
+                const f32x16 x = byte_2p24<byte>(word[b]);
+#pragma GCC unroll 16
+                for (int i = 0; i < NQ; i++)
+                    sum[i][b] = fma(splat(w[i * w_stride + b * 16 / GROUP * KV_PAGE + t + byte]), x, sum[i][b]);
+            }
+        });
     }
 #pragma GCC unroll 16
     for (int i = 0; i < NQ; i++)
@@ -91,76 +84,65 @@ static void sums_q8(const ScalesOfV &v, int from, int to, const float *p, int64_
     constexpr int NB = blocks_for(NQ);
     float w[NQ * KV_PAGE * MAX_GROUPS];
     const int64_t w_stride = KV_PAGE * v.groups;
-    for (int i = 0; i < NQ; i++) weights(p + i * p_stride, v, from, to, w + i * w_stride);
-    const int8_t *code = (const int8_t *)v.code;
+    for (int i = 0; i < NQ; i++) weights(p + i * p_stride, v, from, to, 0x1p-24f, w + i * w_stride);
     int c = 0;
     for (; c + 16 * NB <= v.dim; c += 16 * NB)
-        sums_q8_blocks<NQ, NB, GROUP>(code + c, v.dim, from, to, w + c / GROUP, w_stride, out + c, out_stride, keep, ahead);
+        sums_q8_blocks<NQ, NB, GROUP>(v.code + 4 * c, v.dim, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
     for (; c < v.dim; c += 16)
-        sums_q8_blocks<NQ, 1, GROUP>(code + c, v.dim, from, to, w + c / GROUP, w_stride, out + c, out_stride, keep, ahead);
+        sums_q8_blocks<NQ, 1, GROUP>(v.code + 4 * c, v.dim, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
 }
 
-// The same for NB blocks of 32 channels of nibbles, all of one group; zeros[q]: what is added to each channel. HALF: the
-// block has 16 channels.
-template <int NQ, int NB, bool HALF>
-static inline void sums_q4_blocks(const uint8_t *code, int dim, int groups, int from, int to, const float *w, int64_t w_stride,
-                                  const float *zeros, int zeros_stride, float *out, int64_t out_stride, const float *keep,
-                                  const char *&ahead) {
-    f32x16 even[NQ][NB], odd[NQ][NB];
+// The same for nibbles, NB blocks of 16 channels of one group; zeros[q]: what is added to each channel.
+template <int NQ, int NB>
+static inline void sums_q4_blocks(const char *code, int dim, int from, int to, const float *w, int64_t w_stride, const float *zeros,
+                                  int zeros_stride, float *out, int64_t out_stride, const float *keep, const char *&ahead) {
+    f32x16 sum[NQ][NB];
 #pragma GCC unroll 16
     for (int i = 0; i < NQ; i++)
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) even[i][b] = odd[i][b] = splat(0);
-    for (int t = from; t < to; t++) {
-        ask_for(ahead, 16 * NB);
+        for (int b = 0; b < NB; b++) sum[i][b] = splat(zeros[i * zeros_stride]);
+    for (int t = from / 8 * 8; t < to; t += 8) {
+        ask_for(ahead, 64 * NB);
+        u32x16 word[NB];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) {
-            const uint8_t *at = code + t * (dim / 2) + 16 * b;
-            const u32x16 bytes = HALF ? load_u8_8(at) : load_u8(at);
-            const f32x16 x = nibble<0>(bytes), y = nibble<1>(bytes);
+        for (int b = 0; b < NB; b++) word[b] = load_words(code + (t / 8 * dim + 16 * b) * 4);
+        four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-            for (int i = 0; i < NQ; i++) {
-                const f32x16 factor = splat(w[i * w_stride + t * groups]);
-                even[i][b] = fma(factor, x, even[i][b]);
-                odd[i][b] = fma(factor, y, odd[i][b]);
+            for (int b = 0; b < NB; b++) {
+                const f32x16 x = nibble<2 * byte>(word[b]), y = nibble<2 * byte + 1>(word[b]);
+#pragma GCC unroll 16
+                for (int i = 0; i < NQ; i++)
+                    sum[i][b] = fma(splat(w[i * w_stride + t + 4 + byte]), y, fma(splat(w[i * w_stride + t + byte]), x, sum[i][b]));
             }
-        }
+        });
     }
 #pragma GCC unroll 16
     for (int i = 0; i < NQ; i++)
 #pragma GCC unroll 16
         for (int b = 0; b < NB; b++) {
-            f32x16 low, high;
-            interleave(even[i][b], odd[i][b], low, high);
-            const f32x16 zero = splat(zeros[i * zeros_stride]), factor = splat(keep[i]);
-            float *o = out + i * out_stride + 32 * b;
-            store(o, fma(load(o), factor, low + zero));
-            if (!HALF) store(o + 16, fma(load(o + 16), factor, high + zero));
+            float *o = out + i * out_stride + 16 * b;
+            store(o, fma(load(o), splat(keep[i]), sum[i][b]));
         }
 }
 
 template <int NQ>
 static void sums_q4(const ScalesOfV &v, int from, int to, const float *p, int64_t p_stride, float *out, int64_t out_stride,
                     const float *keep, const char *ahead) {
-    constexpr int NB = NQ <= 3 && blocks_for(NQ) > 1 ? 2 : 1;
+    constexpr int NB = blocks_for(NQ);
     float w[NQ * KV_PAGE * (MAX_GROUPS / 4)], zeros[NQ][MAX_GROUPS];
     const int group = kv_q4_group(v.dim);
     const int64_t w_stride = KV_PAGE * v.groups;
     for (int i = 0; i < NQ; i++) {
-        weights(p + i * p_stride, v, from, to, w + i * w_stride);
-        zero_sums(p + i * p_stride, v, from / 16 * 16, (to + 15) / 16 * 16, zeros[i]);
+        weights(p + i * p_stride, v, from, to, 1, w + i * w_stride);
+        for (int g = 0; g < v.groups; g++) zeros[i][g] = zero_sum(p + i * p_stride, v.zero + g * KV_PAGE, from, to);
     }
-    const uint8_t *code = (const uint8_t *)v.code;
     int c = 0;
-    for (; c + 32 * NB <= v.dim; c += 32 * NB)
-        sums_q4_blocks<NQ, NB, false>(code + c / 2, v.dim, v.groups, from, to, w + c / group, w_stride, &zeros[0][c / group], MAX_GROUPS,
-                                      out + c, out_stride, keep, ahead);
-    for (; c + 32 <= v.dim; c += 32)
-        sums_q4_blocks<NQ, 1, false>(code + c / 2, v.dim, v.groups, from, to, w + c / group, w_stride, &zeros[0][c / group], MAX_GROUPS,
-                                     out + c, out_stride, keep, ahead);
-    if (c < v.dim)
-        sums_q4_blocks<NQ, 1, true>(code + c / 2, v.dim, v.groups, from, to, w + c / group, w_stride, &zeros[0][c / group], MAX_GROUPS,
-                                    out + c, out_stride, keep, ahead);
+    for (; group % (16 * NB) == 0 && c + 16 * NB <= v.dim; c += 16 * NB)
+        sums_q4_blocks<NQ, NB>(v.code + 4 * c, v.dim, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
+                               out + c, out_stride, keep, ahead);
+    for (; c < v.dim; c += 16)
+        sums_q4_blocks<NQ, 1>(v.code + 4 * c, v.dim, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
+                              out + c, out_stride, keep, ahead);
 }
 
 }  // namespace KV_NS

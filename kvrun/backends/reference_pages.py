@@ -75,21 +75,22 @@ def encode_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _q8_parts(page: np.ndarray, head_dim: int, is_v: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Views of a page uint8 [...][bytes], indexed by token: codes int8 [...][128][D], scales float16 [...][128][D/G]."""
+    """Views of a page uint8 [...][bytes], indexed by token: codes int8 [...][128/n][n][D/4][4], scales float16 [...][128/n][n][D/G],
+    n tokens being side by side."""
     lead, n = page.shape[:-1], PAGE * head_dim
     codes, scale = page[..., :n].view(np.int8), page[..., n:].view(np.float16)
     if is_v:
-        return codes.reshape(*lead, PAGE, head_dim), scale.reshape(*lead, PAGE, -1)
-    return tuple(p.reshape(*lead, PAGE // LANES, -1, LANES).swapaxes(-1, -2) for p in (codes, scale))
+        return (np.moveaxis(codes.reshape(*lead, PAGE // 4, head_dim // 4, 4, 4), -1, -3),
+                np.moveaxis(scale.reshape(*lead, -1, PAGE // 4, 4), -3, -1))
+    return (codes.reshape(*lead, PAGE // LANES, head_dim // 4, LANES, 4).swapaxes(-2, -3),
+            scale.reshape(*lead, PAGE // LANES, -1, LANES).swapaxes(-1, -2))
 
 
 def store_q8(page: np.ndarray, slots: np.ndarray, x: np.ndarray, is_v: bool) -> None:
     """Quantizes rows x [n][D] into `slots` [n] of one head's page, uint8 [bytes], in place."""
+    n = 4 if is_v else LANES
     for part, value in zip(_q8_parts(page, x.shape[1], is_v), encode_q8(x), strict=True):
-        if is_v:
-            part[slots] = value
-        else:
-            part[slots // LANES, slots % LANES] = value
+        part[slots // n, slots % n] = value.reshape(len(x), *part.shape[2:])
 
 
 def decode_q8(page: np.ndarray, head_dim: int, is_v: bool) -> np.ndarray:
@@ -171,18 +172,18 @@ def encode_k_q4(k: np.ndarray, qsq: np.ndarray, first: int) -> np.ndarray:
 
     page = np.zeros(page_head_bytes("q4", d, is_v=False), np.uint8)
     shift = (8 - split).astype(np.uint16)[:, None]
-    rows = code.T[chan[:, 0]].astype(np.uint16) << shift | code.T[chan[:, 1]]
-    parts = (rows.astype(np.uint8), scale, zero, chan, split)
+    pairs = (code.T[chan[:, 0]].astype(np.uint16) << shift | code.T[chan[:, 1]]).astype(np.uint8)   # [D/2][128]
+    parts = (pairs.reshape(d // 8, 4, PAGE // LANES, LANES).transpose(2, 0, 3, 1), scale, zero, chan, split)
     content = b"".join(p.tobytes() for p in parts)
     page[: len(content)] = np.frombuffer(content, np.uint8)
     return page
 
 
 def k_q4_parts(page: np.ndarray, head_dim: int) -> dict[str, np.ndarray]:
-    """Views of one head's page, uint8 [bytes]: row [D/2][128], scale [D], zero [D], chan [D/2][2], split [D/2]."""
+    """Views of one head's page, uint8 [bytes]: pair [8][D/8][16][4], scale [D], zero [D], chan [D/2][2], split [D/2]."""
     d, parts, start = head_dim, {}, 0
-    for name, dtype, shape in (("row", np.uint8, (d // 2, PAGE)), ("scale", np.float16, (d,)), ("zero", np.float16, (d,)),
-                               ("chan", np.uint8, (d // 2, 2)), ("split", np.uint8, (d // 2,))):
+    for name, dtype, shape in (("pair", np.uint8, (PAGE // LANES, d // 8, LANES, 4)), ("scale", np.float16, (d,)),
+                               ("zero", np.float16, (d,)), ("chan", np.uint8, (d // 2, 2)), ("split", np.uint8, (d // 2,))):
         end = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
         parts[name], start = page[start:end].view(dtype).reshape(shape), end
     return parts
@@ -194,9 +195,10 @@ def decode_k_q4(page: np.ndarray, head_dim: int) -> np.ndarray:
     k = np.empty((len(flat), PAGE, head_dim), np.float32)
     for out, one in zip(k, flat, strict=True):
         p = k_q4_parts(one, head_dim)
-        low_bits = (8 - p["split"].astype(np.uint16))[:, None]
-        out[:, p["chan"][:, 0]] = (p["row"] >> low_bits).T
-        out[:, p["chan"][:, 1]] = (p["row"] & ((1 << low_bits) - 1)).T
+        low_bits = 8 - p["split"].astype(np.uint16)
+        pair = p["pair"].swapaxes(1, 2).reshape(PAGE, -1)
+        out[:, p["chan"][:, 0]] = pair >> low_bits
+        out[:, p["chan"][:, 1]] = pair & ((1 << low_bits) - 1)
         with np.errstate(all="ignore"):
             out[:] = out * p["scale"].astype(np.float32) + p["zero"].astype(np.float32)
     return k.reshape(*page.shape[:-1], PAGE, head_dim)
@@ -214,17 +216,18 @@ def encode_v_q4(v: np.ndarray) -> np.ndarray:
         zero = np.where(scale > 0, f16(low), f16(low + np.float32(0.5) * span))
     damaged = ~np.isfinite(y).all(axis=2)
     scale[damaged] = zero[damaged] = np.float16(np.nan)
-    code = _codes(y, scale[..., None], zero[..., None], 15).astype(np.uint8).reshape(PAGE, d)
-    parts = (code[:, 0::2] | code[:, 1::2] << 4, scale, zero)
+    code = _codes(y, scale[..., None], zero[..., None], 15).astype(np.uint8).reshape(PAGE // 8, 2, 4, d)
+    parts = ((code[:, 0] | code[:, 1] << 4).swapaxes(1, 2), scale.T, zero.T)
     return np.frombuffer(b"".join(p.tobytes() for p in parts), np.uint8).copy()
 
 
 def decode_v_q4(page: np.ndarray, head_dim: int) -> np.ndarray:
     """uint8 [...][bytes] -> float32 [...][128][D]."""
     lead, n = page.shape[:-1], PAGE * head_dim // 2
-    nibble = page[..., :n].reshape(*lead, PAGE, head_dim // 2)
-    code = np.stack([nibble & 15, nibble >> 4], axis=-1).reshape(*lead, PAGE, -1, q4_group(head_dim))
-    scale, zero = np.moveaxis(page[..., n:].view(np.float16).astype(np.float32).reshape(*lead, 2, PAGE, -1, 1), len(lead), 0)
+    nibble = np.moveaxis(page[..., :n].reshape(*lead, PAGE // 8, head_dim, 4), -1, -2)
+    code = np.stack([nibble & 15, nibble >> 4], axis=-3).reshape(*lead, PAGE, -1, q4_group(head_dim))
+    numbers = page[..., n:].view(np.float16).astype(np.float32).reshape(*lead, 2, -1, PAGE)
+    scale, zero = np.moveaxis(numbers.swapaxes(-1, -2)[..., None], len(lead), 0)
     with np.errstate(all="ignore"):
         return rotate((code.astype(np.float32) * scale + zero).reshape(*lead, PAGE, head_dim))
 
