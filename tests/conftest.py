@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 # Processes that tests start must find the installed kvrun, not the sources of the folder they are started in.
 os.environ["PYTHONSAFEPATH"] = "1"
+# A background job ignores SIGINT, and so would every process that it starts; Ctrl-C is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import typer
 from kvrun import __version__
 from kvrun.cli import bench, chat, compare, doctor, ls, plan, pull, rm, run, show, verify
 from kvrun.errors import KvrunError, UsageError
-from kvrun.terminal import console, streams
+from kvrun.terminal import console, streams, termination
 
-_INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143  # 128 + signal number, as shells have it
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 
 app = typer.Typer(name="kvrun", add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,19 +52,11 @@ _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-
-def _on_sigterm(signum: int, frame: object) -> None:
-    raise Terminated
-
-
 def main(args: list[str] | None = None) -> int:
     """Runs the command that `args` (default: this process') name. Returns the exit code."""
     streams.guard_closed_streams()
     streams.utf8_text_streams()
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    termination.install()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup and shells' background jobs ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = _guarded(lambda: _dispatch(sys.argv[1:] if args is None else args))
@@ -95,10 +87,10 @@ def _guarded(call) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         console().clear_progress()
-        return _INTERRUPTED
-    except Terminated:
+        return termination.INTERRUPTED
+    except termination.Terminated:
         console().clear_progress()
-        return _TERMINATED
+        return termination.EXIT_CODE
     except BrokenPipeError:
         return _BROKEN_PIPE
     except KvrunError as error:

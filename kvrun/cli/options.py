@@ -209,10 +209,12 @@ def resolve_model(options: ModelOptions, console: Console, *, weights: bool = Tr
     """The model's files, fetched when they are not here. weights: False is content with config.json alone."""
     from kvrun import hub
     from kvrun.cli.pull import transfer_progress
+    from kvrun.terminal import termination
 
     try:
-        return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=transfer_progress(console),
-                           weights=weights)
+        with termination.raising():
+            return hub.resolve(options.model, revision=options.revision, offline=options.offline, progress=transfer_progress(console),
+                               weights=weights)
     finally:
         console.clear_progress()
 
@@ -220,6 +222,7 @@ def resolve_model(options: ModelOptions, console: Console, *, weights: bool = Tr
 def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, max_out: int = 1) -> Engine:
     """The engine over `files`, with the template of --template-file where one is given."""
     from kvrun.runtime import open_engine
+    from kvrun.terminal import termination
 
     template = _read_template(options.template_file) if options.template_file is not None else None
 
@@ -227,8 +230,9 @@ def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, ma
         console.progress(what, done, total, unit="B")
 
     try:
-        engine = open_engine(files, device=options.device, n_ctx=options.n_ctx, kv=options.kv, threads=options.threads,
-                             max_out=max_out, progress=report, notify=console.notice)
+        with termination.at_once():
+            engine = open_engine(files, device=options.device, n_ctx=options.n_ctx, kv=options.kv, threads=options.threads,
+                                 max_out=max_out, progress=report, notify=console.notice)
     finally:
         console.clear_progress()
     if template is not None:

@@ -47,10 +47,11 @@ def pull(
 
 def _pull(options: PullOptions, console: Console) -> None:
     from kvrun.hub.pull import pull as fetch
-    from kvrun.terminal import human_bytes
+    from kvrun.terminal import human_bytes, termination
 
     try:
-        files = fetch(options.model, revision=options.revision, progress=transfer_progress(console))
+        with termination.raising():
+            files = fetch(options.model, revision=options.revision, progress=transfer_progress(console))
     finally:
         console.clear_progress()
     if files.licence:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvrun.errors import UsageError
-from kvrun.terminal import streams
+from kvrun.terminal import streams, termination
 
 
 class LineCleared(Exception):
@@ -43,11 +43,24 @@ class TerminalLines:
 
     def read(self) -> str:
         try:
-            return self._session.prompt("> ")
+            with termination.ended_by(self._end):
+                return self._session.prompt("> ", pre_run=self._end_if_terminated)
         except KeyboardInterrupt:
             if self._session.default_buffer.text:
                 raise LineCleared from None
             raise
+
+
+    def _end(self) -> None:
+        """Takes the prompt away from a signal handler: the event loop does it, as soon as it is there."""
+        loop = self._session.app.loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._end_if_terminated)
+
+    def _end_if_terminated(self) -> None:
+        app = self._session.app
+        if termination.requested() and app.future is not None and not app.future.done():
+            app.exit(exception=termination.Terminated)
 
 
 class PipedLines:

@@ -68,5 +68,6 @@ class Screen:
         """Reads to the end. The exit code, or minus the signal."""
         while self.read(1):
             pass
+        self.process.wait()  # closing a terminal whose process is still on its way out would send it SIGHUP
         self.process.close()
         return self.process.exitstatus if self.process.exitstatus is not None else -self.process.signalstatus

@@ -191,18 +191,74 @@ def test_typing_ahead_does_not_show_amid_the_answer(terminal, endless):
     assert shown.count("typed ahead") <= 1 and not re.search(r"line.*typed", shown)
 
 
-def test_sigterm_ends_the_chat_with_143_and_a_sane_terminal(terminal, scripted, environment):
-    shell = Screen(["bash", "--norc", "-i"], environment | {"PS1": "$ "})
-    shell.wait_for("$")
-    command = "exec " + " ".join(KVRUN) + f" chat {scripted}"
-    shell.send(f"bash -c 'echo pid=$$; {command}'; echo code $?; stty -a | grep -o ' [-]*echo '\r")
-    shell.wait_prompt()
-    os.kill(int(re.findall(r"pid=(\d+)", shell.display)[0]), signal.SIGTERM)
-    shell.wait_for("code 143")
-    shell.wait_for(" echo")
-    assert "Traceback" not in shell.display
-    shell.send("exit\r")
-    shell.end()
+class Terminated:
+    """A chat in a shell that says its exit code and what became of the terminal."""
+
+    def __init__(self, environment, *args):
+        self.shell = Screen(["bash", "--norc", "-i"], environment | {"PS1": "$ "}, columns=120, rows=40)
+        self.shell.wait_for("$")
+        command = " ".join([*KVRUN, "chat", *map(str, args)])
+        self.shell.send(f"stty -a > before; bash -c 'echo pid=$$; exec {command}'; echo code $?; stty -a | diff - before && echo sane\r")
+        self.pid = int(self.shell.wait(lambda display: re.search(r"^pid=(\d+)$", display, re.M)) and
+                       re.search(r"^pid=(\d+)$", self.shell.display, re.M)[1])
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGTERM)
+        self.shell.wait_for("code 143")
+        shown = self.shell.wait_for("sane")
+        assert "Traceback" not in shown and "Exception" not in shown and "Press ENTER" not in shown, shown
+        assert b"\x1b[?25l" not in self.shell.raw.split(b"\x1b[?25h")[-1], "the cursor is hidden"
+        self.shell.process.close(force=True)
+
+
+@pytest.fixture
+def terminated(environment, tmp_path, monkeypatch):
+    """terminated(*args of chat) -> Terminated"""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: Terminated(environment, *args)
+
+
+def test_sigterm_ends_the_chat_with_143_and_a_sane_terminal(terminated, scripted):
+    chat = terminated(scripted)
+    chat.shell.wait_prompt()
+    chat.shell.send("half a line")
+    chat.shell.wait_for("half a line")
+    chat.kill()
+
+
+def test_sigterm_in_an_answer(terminated, endless):
+    chat = terminated(endless, "-n", "100000")
+    chat.shell.wait_prompt()
+    chat.shell.send("go\r")
+    chat.shell.wait_for("line 120")
+    chat.kill()
+
+
+def test_sigterm_in_prefill(terminated, random_folder):
+    chat = terminated(random_folder, "-n", "60000", "--device", "reference")
+    chat.shell.wait_prompt()
+    chat.shell.send("\x1b[200~" + "long " * 10000 + "\x1b[201~")
+    chat.shell.wait_for("long long")
+    chat.shell.send("\r")
+    chat.shell.wait_for("reading")
+    chat.kill()
+
+
+def test_sigterm_while_a_template_renders(terminated, tmp_path):
+    template = "{% for m in messages %}{% if 'slow' in m['content'] %}{% for i in range(10**9) %}{% endfor %}{% endif %}{% endfor %}<turn>"
+    chat = terminated(scripted_model(tmp_path / "m", [b"fine"], template=template))
+    chat.shell.wait_prompt()
+    chat.shell.send("slow\r")
+    chat.shell.wait_for("> slow\n")
+    chat.kill()
+
+
+def test_sigterm_at_any_moment(terminated, scripted, rng):
+    """From the first line of ours on: while modules load, the model opens, the prompt comes up."""
+    for _ in range(5):
+        chat = terminated(scripted)
+        chat.shell.read(rng.uniform(0.0, 1.2))
+        chat.kill()
 
 
 def test_a_conversation_through_a_pipe(kvrun, tmp_path):
