@@ -218,6 +218,9 @@ typedef struct kv_cuda_device {
     char name[256];
     int32_t arch;                 /* compute capability: 10*major + minor */
     int32_t sms;
+    int32_t built;                /* whether this library holds code for it: machine code, or PTX that the driver compiles */
+    int32_t reads_host;           /* whether kernels may follow any pointer of the host */
+    int32_t reserved;
     int64_t memory_bytes, free_bytes;
 } kv_cuda_device;
 
@@ -229,10 +232,24 @@ int32_t kv_cuda_driver(void);
 int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out);
 /* Why the last call of this thread failed, one line; "" when it did not. */
 const char *kv_cuda_error(void);
-/* Launches the plan on `stream` (a cudaStream_t as an integer) of the current device and does not wait. `ops` is read
- * here; `state`, what it points to and all pointers inside the ops are device memory. Launches depend only on the ops and on
- * max_rows and max_out (bounds of R and O), so that they can be captured in a graph. Checks all ops before it launches one. */
-int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, kv_state *state, int32_t max_rows, int32_t max_out, uint64_t stream);
+/* Bounds of the steps that a launch serves. A launch depends on them and on the ops alone, never on the state, so that it
+ * can be captured in a graph and replayed for other rows, positions and page tables. */
+typedef struct kv_cuda_bounds {
+    int32_t max_rows, max_out;    /* of R and O */
+    int32_t max_pages;            /* of n_pages of any table */
+    int32_t max_seqs;             /* of n_seqs */
+    int32_t prefill;              /* what state->prefill will be */
+} kv_cuda_bounds;
+
+/* Bytes of device scratch that steps within `bounds` need; pointers of the ops are not read. -1, and kv_cuda_error() says
+ * why, for a plan that kv_cuda_step would refuse for its shapes or formats. */
+int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds);
+/* Launches the plan on `stream` (a cudaStream_t as an integer) of the current device and does not wait. `ops` and `bounds`
+ * are read here; `state`, what it points to, `scratch` (256-byte aligned) and all pointers inside the ops are device memory.
+ * Checks all ops before it launches one. A state beyond the bounds is not noticed. */
+int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream);
+/* Rows row0.. of w (device memory) as a dense row-major matrix [rows][k] of KV_F32, KV_F16 or KV_BF16 on `stream`. */
+int32_t kv_cuda_unpack(const kv_weight *w, int64_t row0, int64_t rows, void *out, int32_t dtype, uint64_t stream);
 
 #ifdef __cplusplus
 }

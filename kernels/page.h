@@ -51,32 +51,38 @@
 #define KVRUN_PAGE_H
 #include "kvrun.h"
 
+#ifdef __CUDACC__
+#define KV_FN static __host__ __device__ inline
+#else
+#define KV_FN static inline
+#endif
+
 #define KV_Q8_BLOCK 544
 #define KV_Q4_BLOCK 320
 #define KV_MAX_QUANT_DIM 256     /* largest head size of a quantized page: a channel number is one byte */
 
 /* Element index of channel c of the token in slot t within one head's K (V) of a page. */
-static inline int64_t kv_k_index(int t, int c, int head_dim) {
+KV_FN int64_t kv_k_index(int t, int c, int head_dim) {
     return ((int64_t)(t / KV_LANES) * (head_dim / 2) + c / 2) * (2 * KV_LANES) + (t % KV_LANES) * 2 + c % 2;
 }
-static inline int64_t kv_v_index(int t, int c, int head_dim) {
+KV_FN int64_t kv_v_index(int t, int c, int head_dim) {
     return ((int64_t)(t / 2) * head_dim + c) * 2 + t % 2;
 }
 
 /* The same in a quantized page, in bytes: K and V of Q8, pair i of K of Q4, V of Q4 (whose nibble is t / 4 % 2). */
-static inline int64_t kv_k8_index(int t, int c, int head_dim) {
+KV_FN int64_t kv_k8_index(int t, int c, int head_dim) {
     return ((int64_t)(t / KV_LANES) * (head_dim / 4) + c / 4) * (4 * KV_LANES) + (t % KV_LANES) * 4 + c % 4;
 }
-static inline int64_t kv_v8_index(int t, int c, int head_dim) { return ((int64_t)(t / 4) * head_dim + c) * 4 + t % 4; }
-static inline int64_t kv_k4_index(int t, int i, int head_dim) { return kv_k8_index(t, i, head_dim / 2); }
-static inline int64_t kv_v4_index(int t, int c, int head_dim) { return ((int64_t)(t / 8) * head_dim + c) * 4 + t % 4; }
+KV_FN int64_t kv_v8_index(int t, int c, int head_dim) { return ((int64_t)(t / 4) * head_dim + c) * 4 + t % 4; }
+KV_FN int64_t kv_k4_index(int t, int i, int head_dim) { return kv_k8_index(t, i, head_dim / 2); }
+KV_FN int64_t kv_v4_index(int t, int c, int head_dim) { return ((int64_t)(t / 8) * head_dim + c) * 4 + t % 4; }
 
 /* Channels that share a scale: of a Q8 page, of V in a Q4 page. */
-static inline int kv_q8_group(int head_dim) { return head_dim % 32 ? 16 : 32; }
-static inline int kv_q4_group(int head_dim) { return head_dim % 64 ? head_dim : 64; }
+KV_FN int kv_q8_group(int head_dim) { return head_dim % 32 ? 16 : 32; }
+KV_FN int kv_q4_group(int head_dim) { return head_dim % 64 ? head_dim : 64; }
 
 /* Bytes of K (V) of one head in one page. The format has pages of that head size. */
-static inline int64_t kv_head_bytes(int dtype, int head_dim, int is_v) {
+KV_FN int64_t kv_head_bytes(int dtype, int head_dim, int is_v) {
     const int64_t d = head_dim;
     switch (dtype) {
         case KV_F32: return KV_PAGE * d * 4;
@@ -87,14 +93,14 @@ static inline int64_t kv_head_bytes(int dtype, int head_dim, int is_v) {
 }
 
 /* Where the parts of head h lie in a side memory, in bytes. V follows K, so its parts depend on whether K is Q4. */
-static inline int64_t kv_side_open(int h, int head_dim) { return (int64_t)h * KV_PAGE * head_dim * 2; }
-static inline int64_t kv_side_sinks(int h, int kv_heads, int head_dim) {
+KV_FN int64_t kv_side_open(int h, int head_dim) { return (int64_t)h * KV_PAGE * head_dim * 2; }
+KV_FN int64_t kv_side_sinks(int h, int kv_heads, int head_dim) {
     return kv_side_open(kv_heads, head_dim) + (int64_t)h * KV_SINKS * head_dim * 2;
 }
-static inline int64_t kv_side_qsq(int h, int kv_heads, int head_dim) {
+KV_FN int64_t kv_side_qsq(int h, int kv_heads, int head_dim) {
     return kv_side_sinks(kv_heads, kv_heads, head_dim) + (int64_t)h * head_dim * 4;
 }
-static inline int64_t kv_side_v(int k_dtype, int kv_heads, int head_dim) {
+KV_FN int64_t kv_side_v(int k_dtype, int kv_heads, int head_dim) {
     return k_dtype == KV_Q4 ? kv_side_qsq(kv_heads, kv_heads, head_dim) : 0;
 }
 #endif

@@ -19,7 +19,7 @@ static __global__ void act(kv_op_act op, const kv_state *state) {
 }
 
 cudaError_t launch_act(const kv_op_act &op, const Launch &l) {
-    return launch(act, row_grid(l.max_rows, op.dim), kThreads, l.stream, op, l.state);
+    return launch(act, row_grid(l.bounds.max_rows, op.dim), kThreads, l.stream, op, l.state);
 }
 
 }  // namespace kv

@@ -1,5 +1,6 @@
-// embed.cu - out[R][k] = scale * W[token][:] from a packed F32, F16 or BF16 matrix (page.h).
+// embed.cu - out[R][k] = scale * W[token][:] from a packed matrix (page.h).
 #include "launch.cuh"
+#include "weight.cuh"
 
 namespace kv {
 
@@ -8,30 +9,14 @@ static __global__ void embed(kv_op_embed op, const kv_state *state) {
     const int row = blockIdx.x, k = op.w.k;
     const int pair = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_rows || 2 * pair >= k) return;
-    const int token = state->token[row], lane = token % KV_LANES;
-    const int64_t block = token / KV_LANES;
-    float a, b;
-    if (op.w.dtype == KV_F32) {
-        const float *at = (const float *)op.w.data + (block * k + 2 * pair) * KV_LANES + lane;
-        a = at[0];
-        b = at[KV_LANES];
-    } else {
-        const uint32_t word = ((const uint32_t *)op.w.data)[(block * (k / 2) + pair) * KV_LANES + lane];
-        if (op.w.dtype == KV_BF16) {
-            a = bf16_to_f32(word & 0xffff);
-            b = bf16_to_f32(word >> 16);
-        } else {
-            a = f16_to_f32(word & 0xffff);
-            b = f16_to_f32(word >> 16);
-        }
-    }
+    const float2 w = weight_pair(op.w, state->token[row], 2 * pair);
     float *out = op.out + (int64_t)row * k + 2 * pair;
-    out[0] = op.scale * a;
-    out[1] = op.scale * b;
+    out[0] = op.scale * w.x;
+    out[1] = op.scale * w.y;
 }
 
 cudaError_t launch_embed(const kv_op_embed &op, const Launch &l) {
-    return launch(embed, row_grid(l.max_rows, op.w.k, 2), kThreads, l.stream, op, l.state);
+    return launch(embed, row_grid(l.bounds.max_rows, op.w.k, 2), kThreads, l.stream, op, l.state);
 }
 
 }  // namespace kv

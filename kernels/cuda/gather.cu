@@ -10,7 +10,7 @@ static __global__ void gather(kv_op_gather op, const kv_state *state) {
 }
 
 cudaError_t launch_gather(const kv_op_gather &op, const Launch &l) {
-    return launch(gather, row_grid(l.max_out, op.dim), kThreads, l.stream, op, l.state);
+    return launch(gather, row_grid(l.bounds.max_out, op.dim), kThreads, l.stream, op, l.state);
 }
 
 }  // namespace kv

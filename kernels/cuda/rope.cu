@@ -13,7 +13,7 @@ static __global__ void rope(kv_op_rope op, const kv_state *state) {
 }
 
 cudaError_t launch_rope(const kv_op_rope &op, const Launch &l) {
-    return launch(rope, row_grid(l.max_rows, op.half), kThreads, l.stream, op, l.state);
+    return launch(rope, row_grid(l.bounds.max_rows, op.half), kThreads, l.stream, op, l.state);
 }
 
 }  // namespace kv

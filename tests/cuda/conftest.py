@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from .device_memory import Device
-
-KERNELS = Path(__file__).parents[2] / "kernels"
+from .emulator import build
+from .machine import CudaMachine
 
 
 @pytest.fixture(scope="session")
@@ -26,30 +26,59 @@ def cxx() -> str:
 
 
 @pytest.fixture(scope="session")
-def simt_library(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources of kernels/cuda, compiled for the host."""
-    library = tmp_path_factory.mktemp("simt") / "libkvrun_simt.so"
-    sources = [*sorted((KERNELS / "cuda").glob("*.cu")), KERNELS / "cuda/step.cpp", KERNELS / "simt/simt.cpp"]
-    subprocess.run([cxx, "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-DKVRUN_SIMT", "-x", "c++",
-                    *map(str, sources), "-o", str(library)], check=True)
-    return library
+def simt_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources of kernels/cuda, compiled for the host; KVRUN_SIMT_LIBRARY names one that was built before."""
+    built = os.environ.get("KVRUN_SIMT_LIBRARY")
+    return Path(built) if built else build(request.getfixturevalue("cxx"), tmp_path_factory.mktemp("simt"))
 
 
-@pytest.fixture(params=["simt", "gpu"])
-def device(request: pytest.FixtureRequest) -> Device:
-    """Where the kernels run."""
-    if request.param == "simt":
-        return Device(request.getfixturevalue("simt_library"), gpu=False)
+def _kinds() -> list[str]:
     from kvrun.backends.cuda import probe
 
-    status = probe()
-    if not status.devices:
-        pytest.skip(f"no GPU: {status.reason}")
-    import torch
+    return ["simt", "gpu"] if probe().devices else ["simt"]
 
+
+def _gpu_library() -> Path:
+    from kvrun.backends.cuda import probe
+
+    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
-    return Device(status.path, gpu=True)
+    torch.cuda.init()
+    return probe().path
+
+
+@pytest.fixture(params=_kinds())
+def device(request: pytest.FixtureRequest) -> Device:
+    """Where the kernels run, with memory of its own."""
+    if request.param == "simt":
+        return Device(request.getfixturevalue("simt_library"), gpu=False)
+    return Device(_gpu_library(), gpu=True)
+
+
+@pytest.fixture(params=_kinds())
+def machine(request: pytest.FixtureRequest, rng: np.random.Generator) -> CudaMachine:
+    """Where the kernels run, over memory of the host. The emulator's threads take turns in an order drawn anew."""
+    from kvrun.backends._abi import ffi
+
+    if request.param == "simt":
+        path = request.getfixturevalue("simt_library")
+        set_order(path, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
+        return CudaMachine(ffi.dlopen(str(path)), rng)
+    lib = ffi.dlopen(str(_gpu_library()))
+    info = ffi.new("kv_cuda_device *")
+    lib.kv_cuda_describe(0, info)
+    if not info.reads_host:
+        pytest.skip("this GPU's kernels cannot follow pointers of the host")
+    import torch
+
+    return CudaMachine(lib, rng, wait=torch.cuda.synchronize)
+
+
+def set_order(library: Path, order: int) -> None:
+    """In which order the emulator's threads take turns: see kv_simt_order in kernels/simt/simt.cpp."""
+    print(f"order {order}")
+    ctypes.CDLL(str(library)).kv_simt_order(ctypes.c_uint32(order))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ class Device:
         return self.put(bytes(ffi.buffer(state)))
 
     def step(self, ops: list[tuple[str, dict]], state: int, *, max_rows: int, max_out: int = 0) -> int:
-        """Runs ops given as (kind, fields); an address stands for a pointer. Returns the kv_status."""
+        """Runs ops, none of which needs scratch, given as (kind, fields); an address stands for a pointer. Returns the kv_status."""
         array = ffi.new("kv_op[]", len(ops))
         for (kind, fields), op in zip(ops, array, strict=True):
             op.kind, op.layer = getattr(self.lib, f"KV_OP_{kind.upper()}"), -1
@@ -58,7 +58,9 @@ class Device:
                 elif isinstance(value, dict):
                     value = {**value, "data": ffi.cast("void *", value["data"])}
                 setattr(struct, name, value)
-        return self.lib.kv_cuda_step(array, len(ops), ffi.cast("kv_state *", state), max_rows, max_out, 0)
+        bounds = ffi.new("kv_cuda_bounds *", {"max_rows": max_rows, "max_out": max_out, "max_seqs": 1})
+        scratch = ffi.cast("void *", self.put(np.zeros(256, np.uint8)))
+        return self.lib.kv_cuda_step(array, len(ops), bounds, ffi.cast("kv_state *", state), scratch, 0)
 
     def error(self) -> str:
         """What kv_cuda_error says."""

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from .conftest import KERNELS
+from .emulator import KERNELS, SANITIZE
 
 PROGRAM = r"""
 #include "simt.h"
@@ -58,11 +58,11 @@ int main() {
 """
 
 
-@pytest.mark.parametrize("sanitize", ["", "-fsanitize=address,undefined"])
+@pytest.mark.parametrize("sanitize", ["", " ".join(SANITIZE)])
 def test_barriers_and_shuffles(cxx, tmp_path, sanitize):
     source = tmp_path / "program.cpp"
     source.write_text(PROGRAM, encoding="utf-8")
-    flags = [sanitize, "-fno-sanitize-recover=all"] if sanitize else []
+    flags = sanitize.split()
     if sanitize:
         empty = tmp_path / "empty.cpp"
         empty.write_text("int main() {}", encoding="utf-8")

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from kvrun.backends._abi import ffi
+
+from ..kernels.plans import stored
+
 GUARD = np.float32(12345.0)   # what rows above R must still hold afterwards
 
 
@@ -124,14 +128,31 @@ def test_ops_run_in_order(device, rng):
     np.testing.assert_allclose(device.get(z, np.float32, (4, 64))[:2], want, rtol=1e-5)
 
 
-def test_an_op_without_a_kernel_is_refused_before_anything_runs(device):
+def test_a_plan_is_checked_before_anything_runs(device):
     x, out = device.put(np.ones((1, 32), np.float32)), device.put(np.full((1, 32), GUARD))
     state = device.state(positions=[0], out_rows=[0])
-    ops = [("gather", {"x": x, "out": out, "dim": 32}), ("attend", {})]
+    heads = {"qkv": x, "out": x, "heads": 4, "kv_heads": 2, "head_dim": 60}
+    ops = [("gather", {"x": x, "out": out, "dim": 32}), ("attend", heads)]
     assert device.step(ops, state, max_rows=1, max_out=1) == device.lib.KV_UNSUPPORTED
-    assert device.error() == "op 1 (attend): no CUDA kernel yet"
+    assert device.error().startswith("op 1 (attend): no CUDA kernel for heads of 60 channels")
     assert (device.get(out, np.float32, (1, 32)) == GUARD).all()
-    q4 = {"data": x, "dtype": device.lib.KV_Q4, "n": 1, "k": 32}
-    assert device.step([("embed", {"w": q4, "out": out, "scale": 1.0})], state, max_rows=1) == device.lib.KV_UNSUPPORTED
+    q4_k = {"data": x, "dtype": device.lib.KV_GGUF_Q4_K, "n": 1, "k": 32}
+    assert device.step([("embed", {"w": q4_k, "out": out, "scale": 1.0})], state, max_rows=1) == device.lib.KV_BAD_PLAN
     assert device.step([("gather", {"x": x, "dim": 32})], state, max_rows=1) == device.lib.KV_BAD_PLAN
     assert "null pointer" in device.error()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_unpack(device, rng, dtype):
+    n, k = int(rng.integers(17, 70)), 32 * int(rng.integers(1, 5))
+    weights = rng.standard_normal((n, k), np.float32)
+    packed, _ = pack(weights, "f32")
+    w = {"data": ffi.cast("void *", device.put(packed)), "dtype": device.lib.KV_F32, "n": n, "k": k}
+    first, rows = int(rng.integers(0, 16)), int(rng.integers(1, n - 16))
+    kind = np.uint32 if dtype == "f32" else np.uint16
+    out = device.put(np.full((rows + 1, k), 0xABCD, kind))
+    code = getattr(device.lib, f"KV_{dtype.upper()}")
+    assert device.lib.kv_cuda_unpack(ffi.new("kv_weight *", w), first, rows, ffi.cast("void *", out), code, 0) == 0
+    got = device.get(out, kind, (rows + 1, k))
+    np.testing.assert_array_equal(got[:rows], stored(weights[first : first + rows], dtype))
+    assert (got[rows:] == 0xABCD).all()

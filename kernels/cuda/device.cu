@@ -4,6 +4,9 @@
 #include <cstdio>
 #include <cuda_runtime_api.h>
 
+// Empty; whether the device has code for it says whether it has any.
+static __global__ void nothing() {}
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int32_t kv_cuda_count(void) {
@@ -36,6 +39,9 @@ EXPORT int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
     if (error == cudaSuccess) error = cudaSetDevice(device);
     if (error == cudaSuccess) {
         error = cudaMemGetInfo(&free_bytes, &total_bytes);
+        cudaFuncAttributes attributes;
+        out->built = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
+        cudaGetLastError();  // no code is an answer
         const cudaError_t restored = cudaSetDevice(current);
         if (error == cudaSuccess) error = restored;
     }
@@ -45,6 +51,8 @@ EXPORT int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
     }
     snprintf(out->name, sizeof out->name, "%s", properties.name);
     out->arch = 10 * properties.major + properties.minor;
+    out->reads_host = properties.pageableMemoryAccess;
+    out->reserved = 0;
     out->sms = properties.multiProcessorCount;
     out->memory_bytes = (int64_t)total_bytes;
     out->free_bytes = (int64_t)free_bytes;
