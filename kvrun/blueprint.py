@@ -24,12 +24,14 @@ DEFAULT_CHUNK = 512
 
 @dataclass(frozen=True)
 class Shape:
-    """How a model is to be run. max_out: rows of a step that can give logits. prefill_chunk: the most rows of a step."""
+    """How a model is to be run. max_out: rows of a step that can give logits. prefill_chunk: the most rows of a step.
+    weights: one of kvrun.weights.load.WEIGHTS."""
 
     device: str
     threads: int | None = None
     max_out: int = 1
     prefill_chunk: int = DEFAULT_CHUNK
+    weights: str = "auto"
 
 
 class Blueprint:
@@ -45,6 +47,8 @@ class Blueprint:
 
         if shape.prefill_chunk < 1 or shape.max_out < 1:
             raise UsageError("the prefill chunk and the number of output rows must be at least 1")
+        if shape.weights != "auto" and shape.device == "reference":
+            raise UsageError(f"--weights {shape.weights}: the reference executor computes with the weights as they are; leave it out")
         self.files = files
         self.shape = shape
         self.spec: ModelSpec = load_spec(files.config, str(files.path))
@@ -106,8 +110,8 @@ class Blueprint:
 
         plan = self._sized_plan(1)
         if self.source is not None:
-            return load.layout(plan, self.source, self.refs)
-        dtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.spec.dtype]
+            return load.layout(plan, self.source, self.refs, self.shape.weights)
+        dtype = load.smaller({"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.spec.dtype], self.shape.weights)
         return load.layout_as(plan, lambda weight: dtype)
 
     @functools.cached_property

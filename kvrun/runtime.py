@@ -67,18 +67,18 @@ def choose_device(device: str, notify: Callable[[str], None]) -> str:
 
 
 def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | str | None = None, kv: str = "f16",
-                threads: int | None = None, max_out: int = 1, prefill_chunk: int = 512,
+                threads: int | None = None, max_out: int = 1, prefill_chunk: int = 512, weights: str = "auto",
                 progress: Progress | None = None, notify: Callable[[str], None] = lambda text: None) -> Engine:
     """An Engine over the model in `files`, with everything allocated.
 
     n_ctx: tokens of context; "max" is what fits; None is the alias' value, else min(trained length, 8192). kv: cache
-    format. max_out: rows of a step that can give logits. notify: told what the user must know. Errors: ModelError,
+    format. max_out: rows of a step that can give logits. weights: "auto", or at most "bf16", "q8", "q4". notify: told what the user must know. Errors: ModelError,
     OutOfMemoryError, UsageError.
     """
     device = choose_device(device, notify)
     text = _Background(lambda: _load_text(files))
     try:
-        with Blueprint(files, Shape(device, threads, max_out, prefill_chunk)) as blueprint:
+        with Blueprint(files, Shape(device, threads, max_out, prefill_chunk, weights)) as blueprint:
             return _open(blueprint, text, n_ctx, kv, progress, notify)
     except BaseException:
         text._thread.join()  # let it end before its error or result is dropped

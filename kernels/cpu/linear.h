@@ -11,6 +11,19 @@ static inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)6
 // drops calls of a function that does nothing but prefetch.
 #define KV_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 
+// Calls body(part, begin, end) for ranges of at most `grain` of [0, count(part)) of every part, a thread's own part first:
+// each thread reads one stretch of memory, and who is done helps the others.
+template <class Count, class Body> static void split_parts(kv::Worker &worker, int64_t parts, int64_t grain, Count count, Body body) {
+    const uint32_t phase = worker.phase;         // one shared counter a part
+    const int64_t own = worker.thread * parts / worker.threads;
+    for (int64_t p = 0; p < parts; p++) {
+        const int64_t part = (own + p) % parts;
+        worker.phase = phase + (uint32_t)part;
+        for (int64_t begin, end; worker.take(count(part), grain, begin, end);) body(part, begin, end);
+    }
+    worker.phase = phase + (uint32_t)parts;
+}
+
 // Stores y[rows][stride], the plain products of `rows` activation rows from `row` on with `blocks` weight blocks from
 // `block` on, as kv_op_linear says.
 void linear_finish(const kv_op_linear &, int64_t row, int64_t rows, int64_t block, int64_t blocks, const float *y, int64_t stride);

@@ -124,18 +124,6 @@ template <int R, int B> static __attribute__((noinline)) void multiply(const cha
     asm volatile("" ::: "memory");
 }
 
-// Calls body(part, i) for every i below count(part) of every part, a thread's own part first.
-template <class Count, class Body> static void split_parts(kv::Worker &worker, int64_t parts, Count count, Body body) {
-    const uint32_t phase = worker.phase;         // one shared counter a part
-    const int64_t own = worker.thread * parts / worker.threads;
-    for (int64_t p = 0; p < parts; p++) {
-        const int64_t part = (own + p) % parts;
-        worker.phase = phase + (uint32_t)part;
-        for (int64_t i, end; worker.take(count(part), 1, i, end);) body(part, i);
-    }
-    worker.phase = phase + (uint32_t)parts;
-}
-
 void linear_tiles(const kv_op_linear &op, int rows, kv::Worker &worker) {
     const int64_t groups = op.w.k / KV_GROUP, blocks = blocks_of(op.w), panels = (blocks + BLOCKS - 1) / BLOCKS;
     const int64_t block_bytes = kv_pack_bytes(op.w.dtype, KV_LANES, op.w.k), row_block_bytes = groups * TERMS * TILE;
@@ -144,12 +132,13 @@ void linear_tiles(const kv_op_linear &op, int rows, kv::Worker &worker) {
     float *sums = (float *)(own + PANEL);
     auto height_of = [&](int64_t part) { return rows - part * most < most ? rows - part * most : most; };
 
-    split_parts(worker, parts, [&](int64_t part) { return (height_of(part) + KV_LANES - 1) / KV_LANES; }, [&](int64_t part, int64_t i) {
+    split_parts(worker, parts, 1, [&](int64_t part) { return (height_of(part) + KV_LANES - 1) / KV_LANES; },
+                [&](int64_t part, int64_t i, int64_t) {
         const int64_t row_block = part * most / KV_LANES + i;
         round_rows(op, row_block * KV_LANES, rows, tiles + row_block * row_block_bytes);
     });
     worker.barrier();
-    split_parts(worker, parts, [&](int64_t) { return panels; }, [&](int64_t part, int64_t panel) {
+    split_parts(worker, parts, 1, [&](int64_t) { return panels; }, [&](int64_t part, int64_t panel, int64_t) {
         const int64_t block = panel * BLOCKS, count = blocks - block < BLOCKS ? blocks - block : BLOCKS;
         const int64_t row = part * most, height = height_of(part);
         const uint8_t *data = (const uint8_t *)op.w.data + block * block_bytes;

@@ -1,7 +1,9 @@
 // pack.cpp - weights from file order into the blocked layouts of page.h, and back.
-// Built once for the baseline instruction set: the loops move 32-bit words and run at the speed of memory.
+// Built once for the baseline instruction set: the loops move 32-bit words and run at the speed of memory, but for
+// quantization, whose result is kept on disk.
 #include "../page.h"
 #include "half.h"
+#include "quantize.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -167,6 +169,37 @@ template <int SRC> FloatPacker float_packer(int32_t dtype) {
     return dtype == KV_F32 ? pack_floats<SRC, KV_F32> : dtype == KV_F16 ? pack_floats<SRC, KV_F16> : pack_floats<SRC, KV_BF16>;
 }
 
+// A group of 32 columns of one float row, quantized into its lane.
+template <int SRC> void to_q8(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    float x[KV_GROUP];
+    int8_t q[KV_GROUP];
+    uint16_t scale;
+    for (int c = 0; c < KV_GROUP; c++) x[c] = as_f32<SRC>(row, g * KV_GROUP + c);
+    quantize_q8(x, &scale, q);
+    Q8Lane to{block, lane};
+    to.scale(scale);
+    for (int j = 0; j < 8; j++) to.word(j, u32((const uint8_t *)q + 4 * j));
+}
+
+template <int SRC> void to_q4(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    float x[KV_GROUP];
+    uint8_t q[KV_GROUP];
+    uint16_t scale, min;
+    for (int c = 0; c < KV_GROUP; c++) x[c] = as_f32<SRC>(row, g * KV_GROUP + c);
+    quantize_q4(x, &scale, &min, q);
+    Q4Lane to{block, lane};
+    to.scale(scale, min);
+    for (int j = 0; j < 4; j++) to.word(j, u32(q + 8 * j), u32(q + 8 * j + 4));
+}
+
+template <int SRC> void pack_from_floats(int32_t dtype, uint8_t *block, int64_t k, const uint8_t *src, int64_t row_bytes, int lane, int rows) {
+    switch (dtype) {
+        case KV_Q8: return pack_groups<to_q8<SRC>>(block, KV_Q8_BLOCK, k / KV_GROUP, src, row_bytes, lane, rows);
+        case KV_Q4: return pack_groups<to_q4<SRC>>(block, KV_Q4_BLOCK, k / KV_GROUP, src, row_bytes, lane, rows);
+        default: return float_packer<SRC>(dtype)(block, k, src, row_bytes, lane, rows);
+    }
+}
+
 // Rows lane..15 of a block become zero.
 void zero_lanes(uint8_t *block, int32_t dtype, int64_t k, int lane) {
     int64_t bytes = column_bytes(dtype, k), header = dtype == KV_Q4 ? 64 : dtype == KV_Q8 ? 32 : 0;
@@ -179,7 +212,7 @@ void zero_lanes(uint8_t *block, int32_t dtype, int64_t k, int lane) {
 
 bool accepts(int32_t dtype, int32_t src_dtype) {
     switch (src_dtype) {
-        case KV_F32: case KV_F16: case KV_BF16: return dtype == KV_F32 || dtype == KV_F16 || dtype == KV_BF16;
+        case KV_F32: case KV_F16: case KV_BF16: return true;
         case KV_GGUF_Q4_0: case KV_GGUF_Q4_1: case KV_GGUF_Q4_K: return dtype == KV_Q4;
         case KV_GGUF_Q5_0: case KV_GGUF_Q8_0: return dtype == KV_Q8;
         default: return false;
@@ -233,9 +266,9 @@ EXPORT int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const v
             case KV_GGUF_Q4_K: pack_groups<q4_k>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q5_0: pack_groups<q5_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q8_0: pack_groups<q8_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
-            case KV_F32: float_packer<KV_F32>(dst->dtype)(block, k, from, row_bytes, lane, count); break;
-            case KV_F16: float_packer<KV_F16>(dst->dtype)(block, k, from, row_bytes, lane, count); break;
-            default: float_packer<KV_BF16>(dst->dtype)(block, k, from, row_bytes, lane, count);
+            case KV_F32: pack_from_floats<KV_F32>(dst->dtype, block, k, from, row_bytes, lane, count); break;
+            case KV_F16: pack_from_floats<KV_F16>(dst->dtype, block, k, from, row_bytes, lane, count); break;
+            default: pack_from_floats<KV_BF16>(dst->dtype, block, k, from, row_bytes, lane, count);
         }
         row += count;
         from += count * row_bytes;

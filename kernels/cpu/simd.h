@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#define KV_INLINE inline __attribute__((always_inline))
+
 namespace KV_NS {
 
 #if defined(__AVX512F__)

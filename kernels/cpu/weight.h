@@ -1,11 +1,11 @@
 // weight.h - the packed weight formats of page.h as vectors: what decode, the prefill panels and no one else read.
 // A unit is 32 columns of a block of 16 rows. pairs(unit, f) calls f(column, even, odd) for columns 0,1 to 30,31 (in the
 // order that suits the format) with 16 rows in the lanes; value = step(unit)*digit (+ min(unit)) in scaled formats.
+// quads(unit, f), of scaled formats (AVX2 and up), calls f(q, w) with columns 4q..4q+3 as unsigned bytes of one word a row;
+// value = scale(unit)*(byte - OFFSET) (+ min(unit)).
 #pragma once
 #include "../page.h"
-#include "simd.h"
-
-#define KV_INLINE inline __attribute__((always_inline))
+#include "digits.h"
 
 namespace KV_NS {
 
@@ -47,7 +47,9 @@ struct WeightBF16 {
 struct WeightQ8 {
     static constexpr int64_t UNIT = KV_Q8_BLOCK;
     static constexpr bool SCALED = true, MIN = false;
-    static KV_INLINE f32x16 step(const uint8_t *unit) { return load_f16((const uint16_t *)unit) * splat(0x1p-24f); }
+    static constexpr int OFFSET = 128;
+    static KV_INLINE f32x16 scale(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
+    static KV_INLINE f32x16 step(const uint8_t *unit) { return scale(unit) * splat(0x1p-24f); }
     template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) {
@@ -56,12 +58,20 @@ struct WeightQ8 {
             f(4 * j + 2, byte_2p24<2>(q), byte_2p24<3>(q));
         }
     }
+#if defined(__AVX2__)
+    template <class F> static KV_INLINE void quads(const uint8_t *unit, F f) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) f(j, flip_signs(load_words(unit + 32 + 64 * j)));
+    }
+#endif
 };
 
 struct WeightQ4 {
     static constexpr int64_t UNIT = KV_Q4_BLOCK;
     static constexpr bool SCALED = true, MIN = true;
-    static KV_INLINE f32x16 step(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
+    static constexpr int OFFSET = 0;
+    static KV_INLINE f32x16 scale(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
+    static KV_INLINE f32x16 step(const uint8_t *unit) { return scale(unit); }
     static KV_INLINE f32x16 min(const uint8_t *unit) { return load_f16((const uint16_t *)(unit + 32)); }
     template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
 #pragma GCC unroll 4
@@ -73,6 +83,16 @@ struct WeightQ4 {
             f(8 * j + 6, nibble<5>(q), nibble<7>(q));
         }
     }
+#if defined(__AVX2__)
+    template <class F> static KV_INLINE void quads(const uint8_t *unit, F f) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            u32x16 q = load_words(unit + 64 + 64 * j);
+            f(2 * j, low_nibbles(q));
+            f(2 * j + 1, high_nibbles(q));
+        }
+    }
+#endif
 };
 
 // Calls f(WeightXX{}) for the format of w; dtype is one that kv_pack_bytes knows.

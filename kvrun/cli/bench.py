@@ -37,6 +37,7 @@ class BenchOptions:
 def bench(
     model: opt.Model,
     kv: Annotated[str, typer.Option("--kv", metavar="FORMAT,...", help="Cache formats; they take turns.")] = "f16",
+    weights: opt.Weights = "auto",
     depth: Annotated[str | None, typer.Option(
         "--depth", metavar="N,...", show_default=False,
         help="Tokens in the cache. Default: 0,1024,4096,16384, as far as the model was trained for.")] = None,
@@ -68,7 +69,7 @@ def bench(
       kvrun bench ./folder-with-config.json --random --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
-    _bench(BenchOptions(opt.ModelOptions(model, None, kv, device, threads, revision, offline), opt.formats(kv), _depths(depth), repeat,
+    _bench(BenchOptions(opt.ModelOptions(model, None, kv, device, threads, revision, offline, weights=weights), opt.formats(kv), _depths(depth), repeat,
                         random, no_cache, json), console)
 
 
@@ -94,7 +95,7 @@ def _bench(options: BenchOptions, console: Console) -> None:
     wanted = options.model
     device = choose_device(wanted.device, console.notice)
     files = opt.resolve_model(wanted, console, weights=not (options.random or Path(wanted.model).is_dir()))
-    with Blueprint(files, Shape(device, wanted.threads)) as blueprint:
+    with Blueprint(files, Shape(device, wanted.threads, weights=wanted.weights)) as blueprint:
         depths = _reached(options.depths, blueprint.spec.n_positions, files.name, console)
         speed = read_bandwidth(blueprint.threads) if device == "cpu" else None
         random = options.random or files.kind == "config"

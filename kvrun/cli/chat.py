@@ -45,6 +45,7 @@ def chat(
     stats: Annotated[bool, typer.Option("--stats", help="After each answer, one line of counts and speeds on stderr.")] = False,
     n_ctx: opt.NCtx = None,
     kv: opt.Kv = "f16",
+    weights: opt.Weights = "auto",
     overflow: opt.Overflow = "stop",
     keep: opt.Keep = None,
     evict: opt.Evict = None,
@@ -81,7 +82,7 @@ def chat(
       printf 'Hello!\\nSay it in French.\\n' | kvrun chat smollm2-135m
     """
     return _chat(ChatOptions(
-        model=opt.ModelOptions(model or _default_model(), n_ctx, kv, device, threads, revision, offline, template_file),
+        model=opt.ModelOptions(model or _default_model(), n_ctx, kv, device, threads, revision, offline, template_file, weights),
         overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose), system=system, stats=stats))

@@ -40,6 +40,7 @@ def compare(
         "-f", "--file", metavar="TEXT", show_default=False, help="UTF-8 text to compare on; - is standard input.")],
     kv: Annotated[str | None, typer.Option(
         "--kv", metavar="FORMAT,...", show_default=False, help="Cache formats to compare with f16. Default: every other that this build has.")] = None,
+    weights: opt.Weights = "auto",
     n_ctx: Annotated[int | None, typer.Option(
         "-n", "--n-ctx", metavar="N", min=MIN_WINDOW, show_default=False,
         help="Tokens of a window. Default: 2048, or the trained length or the text where that is less.")] = None,
@@ -66,7 +67,8 @@ def compare(
       cat notes/*.md | kvrun compare gemma3-270m -f - --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
-    _compare(CompareOptions(opt.ModelOptions(model, n_ctx, BASE, device, threads, revision, offline), file, opt.formats(kv), json), console)
+    which = opt.ModelOptions(model, n_ctx, BASE, device, threads, revision, offline, weights=weights)
+    _compare(CompareOptions(which, file, opt.formats(kv), json), console)
 
 
 def _compare(options: CompareOptions, console: Console) -> None:
@@ -86,7 +88,7 @@ def _compare(options: CompareOptions, console: Console) -> None:
     device = choose_device(wanted.device, console.notice)
     files = opt.resolve_model(wanted, console)
     vocab = load_spec(files.config, str(files.path)).vocab_size
-    with Blueprint(files, Shape(device, wanted.threads, max_out=rows_per_step(vocab))) as blueprint:
+    with Blueprint(files, Shape(device, wanted.threads, max_out=rows_per_step(vocab), weights=wanted.weights)) as blueprint:
         kvs = options.kvs or tuple(kv for kv in KV_CHOICES if kv != BASE)
         for kv in kvs:
             blueprint.formats(kv)

@@ -50,6 +50,8 @@ def _known_format(kv: str) -> str:
 Kv = Annotated[str, typer.Option(
     "--kv", metavar="FORMAT", callback=_known_format,
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4.")]
+Weights = Annotated[Literal["auto", "bf16", "q8", "q4"], typer.Option(
+    "--weights", help="Format of the weights in memory: auto as the file has them; the others quantize what is stored in more bits.")]
 Overflow = Annotated[Literal["stop", "evict"], typer.Option(
     "--overflow", help="When the context is full: stop, or evict, which drops old pages of 128 tokens, says so, and goes on.")]
 Keep = Annotated[int | None, typer.Option(
@@ -116,6 +118,7 @@ class ModelOptions:
     revision: str | None = None
     offline: bool = False
     template_file: Path | None = None
+    weights: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def open_model(options: ModelOptions, files: ModelFiles, console: Console, *, ma
     try:
         with termination.at_once():
             engine = open_engine(files, device=options.device, n_ctx=options.n_ctx, kv=options.kv, threads=options.threads,
-                                 max_out=max_out, progress=report, notify=console.notice)
+                                 max_out=max_out, weights=options.weights, progress=report, notify=console.notice)
     finally:
         console.clear_progress()
     if template is not None:

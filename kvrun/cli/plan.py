@@ -30,6 +30,7 @@ def plan(
     model: opt.Model,
     n_ctx: opt.NCtx = None,
     kv: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Cache format of the detailed part; the table has all.")] = "f16",
+    weights: opt.Weights = "auto",
     headroom: opt.Headroom = 10,
     device: opt.DeviceOption = "auto",
     threads: opt.Threads = None,
@@ -53,7 +54,7 @@ def plan(
       kvrun plan ./folder-with-config.json --headroom 25 --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
-    _plan(PlanOptions(opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline), headroom, json), console)
+    _plan(PlanOptions(opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline, weights=weights), headroom, json), console)
 
 
 def _plan(options: PlanOptions, console: Console) -> None:
@@ -63,7 +64,7 @@ def _plan(options: PlanOptions, console: Console) -> None:
     wanted = options.model
     device = choose_device(wanted.device, console.notice)
     files = opt.resolve_model(wanted, console, weights=False)
-    with Blueprint(files, Shape(device, wanted.threads)) as blueprint:
+    with Blueprint(files, Shape(device, wanted.threads, weights=wanted.weights)) as blueprint:
         report = survey(blueprint, wanted.n_ctx, wanted.kv, options.headroom)
     if options.json:
         from kvrun.cli.report import as_json

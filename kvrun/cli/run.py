@@ -54,6 +54,7 @@ def run(
     echo: Annotated[bool, typer.Option("--echo", help="With --json: log-probabilities of the prompt's tokens too.")] = False,
     n_ctx: opt.NCtx = None,
     kv: opt.Kv = "f16",
+    weights: opt.Weights = "auto",
     overflow: opt.Overflow = "stop",
     keep: opt.Keep = None,
     evict: opt.Evict = None,
@@ -94,7 +95,7 @@ def run(
       kvrun run smollm2-135m --raw --json --logprobs 5 --echo --max-tokens 1 "The sky is"
     """
     return _run(RunOptions(
-        model=opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline, template_file),
+        model=opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline, template_file, weights),
         overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose),

@@ -11,14 +11,18 @@ import numpy as np
 from kvrun.backends.memory import Arena, aligned
 from kvrun.backends.native import DTYPES, ffi, lib
 from kvrun.backends.plan import Plan, Vector, Weight
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, UsageError
 from kvrun.models.spec import TensorRef
 from kvrun.weights.source import RawTensor, TensorSource
 
 # What each stored kind becomes in memory without losing anything but a rounded scale (kv_pack in kernels/kvrun.h).
 _PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8"}
-# Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized; they and mixtures become this.
-_FALLBACK = "bf16"
+# Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized and become this; so do matrices whose
+# parts are quantized differently.
+_REQUANTIZED = "q8"
+WEIGHTS = ("auto", "bf16", "q8", "q4")
+"""--weights: as the file has them, or at most so many bits: what is stored in fewer stays as it is."""
+_BY_SIZE = ("f32", "f16", "bf16", "q8", "q4")
 _SLICE_VALUES = 1 << 20
 """Values read and packed at a time."""
 
@@ -35,18 +39,26 @@ class PackedWeight:
     n_bytes: int
 
 
-def packed_dtype(weight: Weight, source: TensorSource, refs: Mapping[str, TensorRef]) -> str:
-    """The format that `weight` is held in: that of its parts where they agree, else bfloat16."""
+def packed_dtype(weight: Weight, source: TensorSource, refs: Mapping[str, TensorRef], weights: str = "auto") -> str:
+    """The format that `weight` is held in: that of its parts where they agree, else the widest of theirs; under a
+    choice of WEIGHTS, that where it is smaller."""
     kinds = set()
     for name in (refs[part].name for part in weight.parts):
         dequantized = source.stored(name).lower() not in DTYPES
-        kinds.add(_FALLBACK if dequantized else _PACKED[source.info(name)[0]])
-    return kinds.pop() if len(kinds) == 1 else _FALLBACK
+        kinds.add(_REQUANTIZED if dequantized else _PACKED[source.info(name)[0]])
+    return smaller(min(kinds, key=_BY_SIZE.index), weights)
 
 
-def layout(plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef]) -> list[PackedWeight]:
-    """Where every matrix of the plan will lie. Reads no data."""
-    return layout_as(plan, lambda weight: packed_dtype(weight, source, refs))
+def smaller(dtype: str, weights: str) -> str:
+    """What a matrix stored as `dtype` is held in under --weights."""
+    if weights not in WEIGHTS:
+        raise UsageError(f"--weights {weights}: choose {', '.join(WEIGHTS)}")
+    return dtype if weights == "auto" else max(dtype, weights, key=_BY_SIZE.index)
+
+
+def layout(plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], weights: str = "auto") -> list[PackedWeight]:
+    """Where every matrix of the plan will lie. weights: one of WEIGHTS. Reads no data."""
+    return layout_as(plan, lambda weight: packed_dtype(weight, source, refs, weights))
 
 
 def layout_as(plan: Plan, dtype_of: Callable[[Weight], str]) -> list[PackedWeight]:
@@ -169,7 +181,7 @@ def _pack_slice(piece: _Slice, arena: Arena, source: TensorSource, refs: Mapping
     target = ffi.new("kv_weight *", {"data": ffi.cast("void *", arena.address + item.offset), "dtype": DTYPES[item.dtype],
                                      "n": item.weight.n, "k": item.weight.k})
     raw = read_part(source, replace(refs[piece.part], start=piece.start, stop=piece.start + piece.rows))
-    if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):
+    if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):  # kv_pack requantizes no blocks
         raw = RawTensor(raw.name, "f32", raw.shape, np.ascontiguousarray(as_float32(raw)).view(np.uint8).reshape(-1))
     if lib.kv_pack(target, piece.row, piece.rows, ffi.from_buffer(raw.data), DTYPES[raw.dtype]) != lib.KV_OK:
         raise ModelError(f"{raw.name}: cannot pack {raw.dtype} {raw.shape} as {item.dtype}")

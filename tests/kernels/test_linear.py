@@ -98,8 +98,12 @@ def rounded(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def check(step: Step, got: np.ndarray, m: Matrix, x: np.ndarray, prefill: bool) -> None:
-    """float32 accumulation's bound on |got - x W^T|; on AMX tiles that of weights in bfloat16 and activations in 16 bits."""
+    """float32 accumulation's bound on |got - x W^T|; on AMX tiles that of weights in bfloat16 and activations in 16 bits; for
+    decoding with weights in 8 and 4 bits that of activations in 16 bits, 32 to a scale."""
     x, w, slack = x.astype(np.float64), m.values, 0.0
+    if not prefill and step.name != "plain" and m.weight.dtype in (lib.KV_Q8, lib.KV_Q4):
+        half_step = np.abs(x).reshape(len(x), -1, 32).max(axis=2) / 32639 / 2 * 1.0001
+        slack = half_step @ np.abs(w).reshape(len(w), -1, 32).sum(axis=2).T
     if prefill and step.name == "amx" and m.weight.dtype not in (lib.KV_F32, lib.KV_F16):
         w = rounded(w, 8)
         slack = 2.0**-16 * np.abs(x) @ np.abs(w).T

@@ -110,6 +110,19 @@ def test_floats(rng, dtype, source, n):
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_what_is_not_finite_is_not_quantized_away(rng, dtype, value):
+    rows = rng.standard_normal((16, 64)).astype(np.float32)
+    rows[3, 37] = value
+    packed = Packed(dtype, 16, 64)
+    assert packed.pack(rows, "f32") == lib.KV_OK
+    got = packed.unpack()
+    assert np.isnan(got[3, 32:]).all()
+    got[3, 32:] = 0
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_stays_so(dtype, value):
     for source in FLOATS:
@@ -185,6 +198,85 @@ def test_parts_in_any_order(rng, kind):
     np.testing.assert_array_equal(whole.unpack(17, 41), whole.unpack()[17:58])
 
 
+def groups_of(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
+    """float32 [n][k] with groups of every kind: plain, with one large value, all equal, zero, far from zero, tiny."""
+    values = rng.standard_normal((n, k // 32, 32)) * 10.0 ** rng.uniform(-3, 1, (n, k // 32, 1))
+    kind = rng.integers(0, 8, (n, k // 32))
+    values[kind == 1, 5] *= 50
+    values[kind == 2] = values[kind == 2][:, :1]
+    values[kind == 3] = 0
+    values[kind == 4] += 40
+    values[kind == 5] *= 1e-4
+    return values.reshape(n, k).astype(np.float32)
+
+
+def half(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_floats_to_q8(rng, source):
+    n, k = 40, 320
+    bits = stored(groups_of(rng, n, k), source)
+    x = {"f32": lambda: bits.view(np.float32), "f16": lambda: bits.view(np.float16).astype(np.float32), "bf16": lambda: from_bf16(bits)}[source]()
+    packed = Packed("q8", n, k)
+    assert packed.pack(bits, source) == lib.KV_OK
+    groups = x.reshape(n, -1, 32)
+    scale = half(np.abs(groups).max(axis=2, keepdims=True) / np.float32(127))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        digits = np.where(scale > 0, np.clip(np.rint(groups * (np.float32(1) / scale)), -127, 127), 0)
+    np.testing.assert_array_equal(packed.bytes, layout("q8", digits.reshape(n, k).astype(np.int8).view(np.uint8), scale[..., 0].astype(np.float16)))
+
+
+def plain_q4_error(groups: np.ndarray) -> np.ndarray:
+    """Squared error of each group [..., 32] under scale = (max - min)/15 and that minimum, in halves."""
+    low = half(groups.min(axis=-1, keepdims=True))
+    scale = half((groups.max(axis=-1, keepdims=True) - low) / 15)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        digits = np.where(scale > 0, np.clip(np.rint((groups - low) / scale), 0, 15), 0)
+    return ((digits * scale + low - groups).astype(np.float64) ** 2).sum(axis=-1)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_floats_to_q4(rng, source):
+    """The search is never worse than the plain range but for the rounding of scale and minimum, and better in the mean."""
+    n, k = 40, 320
+    bits = stored(groups_of(rng, n, k), source)
+    x = {"f32": lambda: bits.view(np.float32), "f16": lambda: bits.view(np.float16).astype(np.float32), "bf16": lambda: from_bf16(bits)}[source]()
+    packed = Packed("q4", n, k)
+    assert packed.pack(bits, source) == lib.KV_OK
+    groups = x.reshape(n, -1, 32)
+    error = ((packed.unpack().reshape(groups.shape) - groups).astype(np.float64) ** 2).sum(axis=2)
+    plain = plain_q4_error(groups)
+    rounding = 32 * (np.abs(groups).max(axis=2) * 2.0**-10) ** 2 + 1e-11  # halves are 2^-24 apart at least
+    assert (error <= 1.1 * plain + rounding).all()
+    wide = np.ptp(groups, axis=2) > 0.01 * np.abs(groups).max(axis=2)
+    assert error[wide].sum() < 0.95 * plain[wide].sum()
+    flat = np.ptp(groups, axis=2) == 0
+    assert flat.any()
+    np.testing.assert_array_equal(packed.unpack().reshape(groups.shape)[flat], half(groups[flat]))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
+def test_quantizing_what_was_quantized_gives_it_back(rng, kind):
+    """Values on a grid of the format are found again, also after a detour through bfloat16, as far as that has them."""
+    rows = gguf_rows(rng, kind, 32, 256)
+    blocks = rows.reshape(32, 8, -1)
+    blocks[:, :, :2] = (rng.uniform(0.01, 0.1, (32, 8)).astype(np.float16)).view(np.uint8).reshape(32, 8, 2)
+    if kind == "q4_1":
+        blocks[:, :, 2:4] = (rng.uniform(-1, 0, (32, 8)).astype(np.float16)).view(np.uint8).reshape(32, 8, 2)
+    blocks[:, :, -16], blocks[:, :, -15] = (0xF0, 0x0F) if kind != "q8_0" else (0x81, 0x7F)   # both ends of the grid
+    if kind == "q8_0":
+        digits = blocks[:, :, 2:]
+        digits[digits == 0x80] = 0x81                            # quantizers do not make -128
+    exact = dequantize(rows, GGMLQuantizationType[kind.upper()])
+    packed = Packed(GGUF[kind][0], 32, 256)
+    for source, tolerance in (("f32", 2.0**-10), ("bf16", 2.0**-7)):
+        assert packed.pack(stored(exact, source), source) == lib.KV_OK
+        error = np.abs(packed.unpack() - exact).reshape(32, 8, 32).max(axis=2)
+        assert (error <= tolerance * np.abs(exact).reshape(32, 8, 32).max(axis=2)).all()
+
+
 def test_sizes():
     sizes = {"f32": 4 * 16 * 64, "f16": 2 * 16 * 64, "bf16": 2 * 16 * 64, "q8": 2 * 544, "q4": 2 * 320}
     for dtype, block in sizes.items():
@@ -199,8 +291,8 @@ def test_refused(rng):
     rows = gguf_rows(rng, "q4_1", 16, 64)
     packed = Packed("q4", 16, 64)
     before = packed.bytes.copy()
-    for dtype, source, row0, count in [("q8", "q4_1", 0, 16), ("q4", "q8_0", 0, 16), ("bf16", "q4_1", 0, 16), ("q4", "f32", 0, 16),
-                                       ("q8", "bf16", 0, 16), ("q4", "q4_1", 1, 16), ("q4", "q4_1", -1, 1), ("q4", "q4_k", 0, 16)]:
+    for dtype, source, row0, count in [("q8", "q4_1", 0, 16), ("q4", "q8_0", 0, 16), ("bf16", "q4_1", 0, 16), ("q8", "q4_k", 0, 16),
+                                       ("f32", "q8_0", 0, 16), ("q4", "q4_1", 1, 16), ("q4", "q4_1", -1, 1), ("q4", "q4_k", 0, 16)]:
         packed.weight.dtype = DTYPES[dtype]
         assert lib.kv_pack(packed.weight, row0, count, ffi.from_buffer(rows), DTYPES[source]) == lib.KV_BAD_PLAN
     np.testing.assert_array_equal(packed.bytes, before)
