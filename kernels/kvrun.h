@@ -249,6 +249,11 @@ int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *b
  * are read here; `state`, what it points to, `scratch` (256-byte aligned) and all pointers inside the ops are device memory.
  * Checks all ops before it launches one. A state beyond the bounds is not noticed. */
 int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream);
+/* Makes the state that of the decode step that follows: row i's token becomes next[i], its position grows by one, status is
+ * KV_OK. For states whose every row gives a token; all else, the page tables too, stays as it is. */
+int32_t kv_cuda_advance(kv_state *state, uint64_t stream);
+/* Copies between host and device memory, or within either, on `stream`; does not wait where host memory is page-locked. */
+int32_t kv_cuda_copy(void *to, const void *from, int64_t bytes, uint64_t stream);
 /* Rows row0.. of w (device memory) as a dense row-major matrix [rows][k] of KV_F32, KV_F16 or KV_BF16 on `stream`. */
 int32_t kv_cuda_unpack(const kv_weight *w, int64_t row0, int64_t rows, void *out, int32_t dtype, uint64_t stream);
 

@@ -41,7 +41,7 @@ class Blueprint:
     """
 
     def __init__(self, files: ModelFiles, shape: Shape) -> None:
-        """shape.device: cpu or reference. Errors: ModelError, UsageError."""
+        """shape.device: cpu, cuda, simt or reference. Errors: ModelError, UsageError."""
         from kvrun.models import check_tensors, load_spec, tensor_refs
         from kvrun.weights import open_source
 
@@ -167,9 +167,22 @@ class Blueprint:
         plan = self._sized_plan(n_ctx)
         if self.shape.device == "reference":
             return plan.buffer_bytes()
+        if self.shape.device in ("cuda", "simt"):
+            from kvrun.backends import cuda, cuda_executor
+
+            return cuda_executor.work_bytes(plan, cuda.library_of(self.shape.device), max_pages=max_pages, kv=kv,
+                                            products=self.shape.device == "cuda")
         from kvrun.backends.cpu import work_bytes
 
         return work_bytes(plan, max_pages=max_pages, threads=self.threads, kv=kv)
+
+    def available(self) -> int | None:
+        """Bytes that may still be taken where the model will lie: the GPU's, or the system's. None: unknown."""
+        if self.shape.device == "cuda":
+            from kvrun.backends.cuda import free_memory
+
+            return free_memory()
+        return available_memory()
 
     def planner(self, kv: str) -> Callable[[int], MemoryPlan]:
         """n_ctx -> memory(kv, n_ctx)."""
@@ -182,7 +195,7 @@ class Blueprint:
         """
         trained = self.spec.n_positions
         if wanted == "max":
-            limit = usable(available_memory(), headroom)
+            limit = usable(self.available(), headroom)
             found = trained if limit is None else largest_n_ctx(self.planner(kv), limit, trained)
             if not found:
                 raise OutOfMemoryError(f"{self.files.name} does not fit into {limit / 2**20:.0f} MiB with any n_ctx; choose a smaller model")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvrun.blueprint import Blueprint, Shape
-from kvrun.cache.planner import available_memory, check_fits
+from kvrun.cache.planner import check_fits
 from kvrun.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ class _Background:
 
 
 def choose_device(device: str, notify: Callable[[str], None]) -> str:
-    """auto | cpu | cuda | reference -> the executor to use. Raises KvrunError where what was named cannot be had;
-    `auto` without native kernels is the reference executor, said aloud."""
+    """auto | cpu | cuda | reference | simt -> the executor to use. Raises KvrunError where what was named cannot be had;
+    `auto` is cuda where there is a device, and says so, or why the device cannot be used; without native kernels it is the
+    reference executor, said aloud."""
     if device == "cuda":
         from kvrun.backends.cuda import require
 
         require()
-    if device in ("cpu", "reference", "cuda"):
+    if device in ("cpu", "reference", "cuda", "simt"):
         return device
     if device == "auto":
         from kvrun.errors import KvrunError
@@ -62,7 +63,14 @@ def choose_device(device: str, notify: Callable[[str], None]) -> str:
         except KvrunError as error:
             notify(f"{error}; using the slow reference executor")
             return "reference"
-        return "cpu"
+        from kvrun.backends.cuda import probe, why_not
+
+        status = probe()
+        if not status.devices:
+            return "cpu"
+        reason = why_not(status)
+        notify(f"the GPU is not used: {reason}" if reason else f"using the GPU, {status.devices[0].name}")
+        return "cpu" if reason else "cuda"
     raise UsageError(f"--device {device}: choose auto, cpu, cuda or reference")
 
 
@@ -107,8 +115,9 @@ def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv:
     told = blueprint.format_notice(kv)
     if told:
         notify(told)
-    check_fits(blueprint.planner(kv), n_ctx, available_memory())
-    executor, pool = (_open_reference if blueprint.shape.device == "reference" else _open_cpu)(blueprint, plan, n_ctx, kv, report)
+    check_fits(blueprint.planner(kv), n_ctx, blueprint.available())
+    opens = {"reference": _open_reference, "cpu": _open_cpu, "cuda": _open_cuda, "simt": _open_cuda}
+    executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report)
     try:
         return Engine(blueprint.spec, executor, pool.sequence(), text.result(), n_ctx=n_ctx,
                       chunk=min(blueprint.shape.prefill_chunk, n_ctx))
@@ -143,3 +152,24 @@ def _open_cpu(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Cal
         raise
     pool = cache.result()
     return CpuExecutor(plan, weights.matrices, weights.vectors, pool, threads=blueprint.threads, owned=(weights,)), pool
+
+
+def _open_cuda(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+    from kvrun.backends.cuda import open_device
+    from kvrun.backends.cuda_executor import CudaExecutor
+    from kvrun.cache.pool import Pool
+    from kvrun.weights.on_device import DeviceWeights
+
+    device = open_device(blueprint.shape.device)
+    taken = []
+    try:
+        # The cache first: it is the largest single piece, and what does not fit is known before a weight is read.
+        pool = Pool(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=blueprint.formats(kv), allocate=device.allocate)
+        taken.append(pool)
+        weights = DeviceWeights.read(blueprint.packed, plan, blueprint.source, blueprint.refs, blueprint.threads, device, report)
+        taken.append(weights)
+        return CudaExecutor(plan, weights.matrices, weights.vectors, pool, device, owned=(weights, device)), pool
+    except BaseException:
+        for memory in (*taken, device):
+            memory.close()
+        raise

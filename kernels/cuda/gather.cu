@@ -1,4 +1,4 @@
-// gather.cu - the rows whose logits are wanted: out[O][dim] = x[out_row][dim].
+// gather.cu - the rows whose logits are wanted: out[O][dim] = x[out_row][dim]; and the state of the step that follows a draw.
 #include "launch.cuh"
 
 namespace kv {
@@ -12,5 +12,17 @@ static __global__ void gather(kv_op_gather op, const kv_state *state) {
 cudaError_t launch_gather(const kv_op_gather &op, const Launch &l) {
     return launch(gather, row_grid(l.bounds.max_out, op.dim), kThreads, l.stream, op, l.state);
 }
+
+// token and pos are const to all ops but this one.
+static __global__ void advance(kv_state *state) {
+    for (int i = threadIdx.x; i < state->n_rows; i += blockDim.x) {
+        const int next = state->next[i];
+        ((int32_t *)state->token)[i] = next < 0 ? 0 : next;      // of logits that were not finite nothing was drawn
+        ((int32_t *)state->pos)[i] += 1;
+    }
+    if (threadIdx.x == 0) state->status = KV_OK;
+}
+
+cudaError_t launch_advance(kv_state *state, cudaStream_t stream) { return launch(advance, 1, 32, stream, state); }
 
 }  // namespace kv

@@ -54,25 +54,32 @@ static __global__ void __launch_bounds__(32 * kMaxWarps) linear(kv_op_linear op,
             if (lane < 4) part[warp][r][4 * lane + i] = sum[r][i];
         }
     __syncthreads();
-    const int r = threadIdx.x / 16, column = blockIdx.x * KV_LANES + threadIdx.x % 16;
-    if (r >= ROWS || row0 + r >= rows || column >= op.w.n) return;
-    float y = 0;
-    for (int i = 0; i < warps; i++) y += part[i][r][threadIdx.x % 16];
-    if (op.bias) y += op.bias[column];
-    float *out = op.out + (int64_t)(row0 + r) * op.w.n + column;
-    float scale = op.scale;
-    if (op.softcap > 0) {
-        y = tanhf(scale * y / op.softcap);
-        scale = op.softcap;
+    for (int i = threadIdx.x; i < 16 * ROWS; i += blockDim.x) {
+        const int r = i / 16, column = blockIdx.x * KV_LANES + i % 16;
+        if (row0 + r >= rows || column >= op.w.n) continue;
+        float y = 0;
+        for (int from = 0; from < warps; from++) y += part[from][r][i % 16];
+        if (op.bias) y += op.bias[column];
+        float *out = op.out + (int64_t)(row0 + r) * op.w.n + column;
+        float scale = op.scale;
+        if (op.softcap > 0) {
+            y = tanhf(scale * y / op.softcap);
+            scale = op.softcap;
+        }
+        *out = op.accumulate ? fmaf(scale, y, *out) : scale * y;
     }
-    *out = op.accumulate ? fmaf(scale, y, *out) : scale * y;
 }
 
 // Wide matrices have blocks enough to fill the machine; of narrow ones each block brings more warps.
-static int warps_of(int blocks) { return blocks >= 1024 ? 4 : blocks >= 256 ? 8 : kMaxWarps; }
+static int warps_of(int blocks, int tiles) {
+    int warps = blocks >= 1024 ? 4 : blocks >= 256 ? 8 : kMaxWarps;
+    while (warps > tiles) warps /= 2;
+    return warps;
+}
 
 template <class Tile> static cudaError_t launch_as(const kv_op_linear &op, const Launch &l) {
-    const int blocks = (op.w.n + KV_LANES - 1) / KV_LANES, rows = l.rows(op.rows), threads = 32 * warps_of(blocks);
+    const int blocks = (op.w.n + KV_LANES - 1) / KV_LANES, rows = l.rows(op.rows), tiles = (op.w.k + Tile::kColumns - 1) / Tile::kColumns;
+    const int threads = 32 * warps_of(blocks, tiles);
     if (rows <= 1) return launch(linear<Tile, 1>, dim3(blocks, rows), threads, l.stream, op, (const kv_state *)l.state);
     return launch(linear<Tile, 4>, dim3(blocks, (rows + 3) / 4), threads, l.stream, op, (const kv_state *)l.state);
 }

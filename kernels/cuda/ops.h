@@ -33,6 +33,8 @@ cudaError_t launch_gather(const kv_op_gather &, const Launch &);
 cudaError_t launch_sample(const kv_op_sample &, const Launch &);
 cudaError_t launch_unpack(const kv_weight &, int64_t row0, int64_t rows, void *out, int32_t dtype, cudaStream_t);
 
+cudaError_t launch_advance(kv_state *, cudaStream_t);
+
 int64_t attend_scratch(const kv_op_attend &, const kv_cuda_bounds &);
 int64_t sample_scratch(const kv_op_sample &, const kv_cuda_bounds &);
 

@@ -146,6 +146,20 @@ EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bound
     return KV_OK;
 }
 
+EXPORT int32_t kv_cuda_advance(kv_state *state, uint64_t stream) {
+    kv::clear_error();
+    if (!state) return kv::fail(KV_BAD_PLAN, "no state");
+    const cudaError_t error = kv::launch_advance(state, (cudaStream_t)stream);
+    return error == cudaSuccess ? (int)KV_OK : kv::fail(KV_DEVICE, "advance: %s", cudaGetErrorString(error));
+}
+
+EXPORT int32_t kv_cuda_copy(void *to, const void *from, int64_t bytes, uint64_t stream) {
+    kv::clear_error();
+    if (!to || !from || bytes < 0) return kv::fail(KV_BAD_PLAN, "a copy without an end");
+    const cudaError_t error = cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDefault, (cudaStream_t)stream);
+    return error == cudaSuccess ? (int)KV_OK : kv::fail(KV_DEVICE, "copy: %s", cudaGetErrorString(error));
+}
+
 EXPORT int32_t kv_cuda_unpack(const kv_weight *w, int64_t row0, int64_t rows, void *out, int32_t dtype, uint64_t stream) {
     kv::clear_error();
     if (!w || !kv::is_weight(*w) || !w->data || !out || row0 < 0 || rows < 0 || row0 + rows > w->n || dtype < KV_F32 || dtype > KV_BF16)

@@ -37,7 +37,9 @@ struct Fiber {
     uint3 index;
     Wait wait;
     uint32_t mask;                // lanes that a warp barrier waits for
-    uint64_t brought;             // to an exchange
+    uint64_t brought[2];          // to an exchange of the whole warp
+    uint64_t apart;               // to a vote, or an exchange of some lanes
+    unsigned exchanges;           // of the whole warp that it took part in
     uint32_t a[4], b[2];          // brought to a matrix product
     std::vector<Copy> open;       // copies that are not committed
     std::vector<std::vector<Copy>> groups;
@@ -102,6 +104,7 @@ static void fiber_main() {
 static void make_ready(Fiber &fiber) {
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
     fiber.wait = Wait::no;
+    fiber.exchanges = 0;
     fiber.open.clear();
     fiber.groups.clear();
 #ifdef OWN_SWITCH
@@ -131,21 +134,28 @@ void warp_barrier(uint32_t mask) { pause(Wait::warp, mask); }
 unsigned lane() { return block.current % 32; }
 
 uint64_t exchange(uint32_t mask, uint64_t value, unsigned from) {
-    block.fibers[block.current].brought = value;
-    warp_barrier(mask);
+    Fiber &self = block.fibers[block.current];
     const unsigned source = std::min(block.current / 32 * 32 + from, block.n - 1);
-    value = block.fibers[source].brought;
+    if (mask == 0xffffffffu) {    // no lane can be two ahead of another, so two slots in turn do
+        const unsigned turn = self.exchanges++ % 2;
+        self.brought[turn] = value;
+        warp_barrier(mask);
+        return block.fibers[source].brought[turn];
+    }
+    self.apart = value;
+    warp_barrier(mask);
+    value = block.fibers[source].apart;
     warp_barrier(mask);           // nobody brings the next value before all have read this one
     return value;
 }
 
 uint32_t ballot(uint32_t mask, bool value) {
-    block.fibers[block.current].brought = value;
+    block.fibers[block.current].apart = value;
     warp_barrier(mask);
     const unsigned warp = block.current / 32 * 32;
     uint32_t votes = 0;
     for (unsigned i = 0; i < 32 && warp + i < block.n; i++)
-        if (mask >> i & 1 && block.fibers[warp + i].wait != Wait::finished && block.fibers[warp + i].brought) votes |= 1u << i;
+        if (mask >> i & 1 && block.fibers[warp + i].wait != Wait::finished && block.fibers[warp + i].apart) votes |= 1u << i;
     warp_barrier(mask);
     return votes;
 }
@@ -186,7 +196,12 @@ void wait_copies(unsigned pending) {
 
 // Lets the threads of a warp go on whose barrier is complete: all lanes of its mask wait there or have exited.
 static bool release_warp(unsigned begin, unsigned end) {
-    bool released = false;
+    bool released = false, alike = true;
+    for (unsigned i = begin; i < end && alike; i++) alike = block.fibers[i].wait == Wait::warp && block.fibers[i].mask == block.fibers[begin].mask;
+    if (alike) {                  // mostly all of them wait at the same
+        for (unsigned i = begin; i < end; i++) block.fibers[i].wait = Wait::no;
+        return true;
+    }
     for (unsigned i = begin; i < end; i++) {
         if (block.fibers[i].wait != Wait::warp) continue;
         const uint32_t mask = block.fibers[i].mask;

@@ -1,23 +1,27 @@
-"""The CUDA half: what is built and which devices it sees. The executor itself does not exist yet, and says so."""
+"""The CUDA half: what is built, which devices it sees, and whether they can be used. Imports no torch until a device is opened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from kvrun.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvrun.backends.cuda_device import Device
 
 LIBRARY = Path(__file__).with_name("libkvrun_cuda.so")
 
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """One device. arch: compute capability as in "9.0". Memory in bytes."""
+    """One device. arch: compute capability as in "9.0". built: whether the library holds code for it. Memory in bytes."""
 
     name: str
     arch: str
     sms: int
+    built: bool
     memory_bytes: int
     free_bytes: int
 
@@ -43,13 +47,11 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
     if not library.exists():
         return without("the CUDA kernels were not built: no nvcc was found when kvrun was installed")
     try:
-        from kvrun.backends._abi import ffi
+        lib = open_library(library)
+    except UsageError as error:
+        return without(str(error))
+    from kvrun.backends._abi import ffi
 
-        lib = ffi.dlopen(str(library))
-        if lib.kv_abi() != lib.KV_ABI:
-            return without(f"{library} has interface {lib.kv_abi()}, this kvrun needs {lib.KV_ABI}; reinstall kvrun")
-    except (ImportError, OSError, AttributeError) as error:
-        return without(f"cannot load {library}: {error}")
     version = lib.kv_cuda_driver()
     if not version:
         return without("no CUDA driver on this machine", loads=True)
@@ -63,10 +65,74 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
             reason = ffi.string(lib.kv_cuda_error()).decode()
             continue
         devices.append(CudaDevice(ffi.string(info.name).decode(errors="replace"), f"{info.arch // 10}.{info.arch % 10}",
-                                  info.sms, info.memory_bytes, info.free_bytes))
+                                  info.sms, bool(info.built), info.memory_bytes, info.free_bytes))
     return CudaStatus(True, library, True, driver, tuple(devices), "" if devices else reason)
 
 
-def require() -> NoReturn:
-    """Refuses `--device cuda`: always a UsageError, never another device in its place."""
-    raise UsageError("--device cuda: kvrun has no CUDA decode loop yet; use --device cpu ('kvrun doctor' shows the devices)")
+def open_library(path: Path = LIBRARY) -> object:
+    """The library with kv_cuda_step. UsageError when it cannot be loaded or speaks another interface."""
+    try:
+        from kvrun.backends._abi import ffi
+
+        lib = ffi.dlopen(str(path))
+        if lib.kv_abi() != lib.KV_ABI:
+            raise UsageError(f"{path} has interface {lib.kv_abi()}, this kvrun needs {lib.KV_ABI}; reinstall kvrun")
+    except (ImportError, OSError, AttributeError) as error:
+        raise UsageError(f"cannot load {path}: {error}") from None
+    return lib
+
+
+def why_not(status: CudaStatus) -> str:
+    """Why the first device cannot be used, in one line; "" when it can. Asks torch only where all else is well."""
+    if not status.devices:
+        return status.reason
+    device = status.devices[0]
+    if not device.built:
+        return f"this build has no kernels for {device.name} (compute {device.arch}); reinstall kvrun on this machine"
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device; its CUDA {torch.version.cuda} may need a newer driver than {status.driver}"
+    return ""
+
+
+def require() -> CudaStatus:
+    """What there is, where `--device cuda` can be used; else a UsageError that says why, and never another device."""
+    status = probe()
+    reason = why_not(status)
+    if reason:
+        raise UsageError(f"--device cuda: {reason}; use --device cpu ('kvrun doctor' shows the devices)")
+    return status
+
+
+def library_of(device: str) -> object:
+    """The library that plans are sized with on `device`, cuda or simt."""
+    if device == "simt":
+        from kvrun.backends.simt import SimtDevice
+
+        return SimtDevice().lib
+    return open_library()
+
+
+def open_device(device: str) -> Device:
+    """Opens cuda, or simt. UsageError as require()."""
+    if device == "simt":
+        from kvrun.backends.simt import SimtDevice
+
+        return SimtDevice()
+    status = require()
+    from kvrun.backends.cuda_torch import TorchDevice
+
+    return TorchDevice(status)
+
+
+def free_memory() -> int:
+    """Bytes that are free on the first device. UsageError without one."""
+    status = probe()
+    if not status.devices:
+        raise UsageError(f"--device cuda: {status.reason}; use --device cpu")
+    return status.devices[0].free_bytes

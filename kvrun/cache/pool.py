@@ -7,6 +7,9 @@ the side memory that a 4-bit cache keeps for the sequence, [layer].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from kvrun.backends.memory import Arena
@@ -15,15 +18,26 @@ from kvrun.cache.formats import GroupLayout
 from kvrun.cache.pages import FreeList, Sequence
 from kvrun.cache.planner import pool_layouts
 
+if TYPE_CHECKING:
+    from kvrun.backends.cuda_device import Memory
+
+
+Allocate = Callable[[int, str], "Memory"]
+"""(bytes, purpose) -> memory with `address` and `close()`: Arena, or a device's."""
+
 
 class GroupMemory:
-    """One group's pages and side memory. memory: uint8 [n_pages * page_stride]. side: uint8 [layers * side_stride]."""
+    """One group's pages and side memory, at address and side_address. In the host's memory also as arrays; memory: uint8
+    [n_pages * page_stride]. side: uint8 [layers * side_stride]. None in a device's."""
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(self, layout: GroupLayout, allocate: Allocate = Arena) -> None:
         self.layout = layout
-        self._arena = Arena(layout.n_bytes, "the KV cache")
-        self.memory: np.ndarray = self._arena.bytes[: layout.page_bytes]
-        self.side: np.ndarray = self._arena.bytes[layout.page_bytes : layout.n_bytes]
+        self._arena = allocate(layout.n_bytes, "the KV cache")
+        self.address: int = self._arena.address
+        self.side_address = self.address + layout.page_bytes
+        on_host = isinstance(self._arena, Arena)
+        self.memory: np.ndarray | None = self._arena.bytes[: layout.page_bytes] if on_host else None
+        self.side: np.ndarray | None = self._arena.bytes[layout.page_bytes : layout.n_bytes] if on_host else None
 
     k_dtype = property(lambda self: self.layout.k_dtype)
     v_dtype = property(lambda self: self.layout.v_dtype)
@@ -41,13 +55,14 @@ class GroupMemory:
 class Pool:
     """Pages for one sequence of n_ctx tokens. groups[i] is the memory of plan group i."""
 
-    def __init__(self, groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> None:
+    def __init__(self, groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str], allocate: Allocate = Arena) -> None:
+        """allocate: where the memory comes from."""
         self.n_ctx = n_ctx
         self.plan_groups = groups
         layouts = pool_layouts(groups, n_ctx=n_ctx, chunk=chunk, kv=kv)
         self.kv = kv
         self.whole_pages = "q4" in kv
-        self.groups = [GroupMemory(layout) for layout in layouts]
+        self.groups = [GroupMemory(layout, allocate) for layout in layouts]
         self._free = [FreeList(layout.n_pages) for layout in layouts]
 
     @property

@@ -78,10 +78,10 @@ def _plan(options: PlanOptions, console: Console) -> None:
 def survey(blueprint: Blueprint, wanted: int | str | None, kv: str, headroom: float) -> dict[str, Any]:
     """The whole plan as data; see --json. headroom: per cent."""
     from kvrun.cache.formats import KV_CHOICES
-    from kvrun.cache.planner import attended_bytes, available_memory, largest_n_ctx, token_bytes, usable
+    from kvrun.cache.planner import attended_bytes, largest_n_ctx, token_bytes, usable
     from kvrun.measure.bandwidth import read_bandwidth
 
-    available = available_memory()
+    available = blueprint.available()
     limit = usable(available, headroom / 100)
     trained = blueprint.spec.n_positions
     try:

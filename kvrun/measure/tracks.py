@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from kvrun.backends.batch import Batch, Sampler
-from kvrun.cache.planner import MemoryPlan, available_memory, check_fits
+from kvrun.backends.memory import Arena
+from kvrun.cache.planner import MemoryPlan, check_fits
 from kvrun.cache.pool import Pool
 from kvrun.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvrun.backends.cuda_device import Device
     from kvrun.backends.executor import Executor
     from kvrun.blueprint import Blueprint
     from kvrun.weights.loaded import LoadedWeights
+    from kvrun.weights.on_device import DeviceWeights
 
 Report = Callable[[int, int], None]
 
@@ -97,13 +100,24 @@ class Model:
         self.blueprint = blueprint
         self.n_ctx = n_ctx
         self.plan = blueprint.plan(n_ctx)
-        check_fits(lambda n: self._memory(kvs, n), n_ctx, available_memory(),
+        check_fits(lambda n: self._memory(kvs, n), n_ctx, blueprint.available(),
                    advise=lambda n: f"{n} tokens of context would fit: less of them, or fewer formats at once")
         self.rewinds = rewinds
-        self.weights: LoadedWeights | None = None  # of native executors; the reference shares its own
+        self.weights: LoadedWeights | DeviceWeights | None = None  # of native executors; the reference shares its own
+        self.device: Device | None = None
         self.tracks: list[Track] = []
         random = random or blueprint.source is None
-        if blueprint.shape.device != "reference":
+        if blueprint.shape.device in ("cuda", "simt"):
+            from kvrun.backends.cuda import open_device
+            from kvrun.weights.on_device import DeviceWeights
+
+            self.device = open_device(blueprint.shape.device)
+            if random:
+                self.weights = DeviceWeights.random(blueprint.packed, self.plan, self.device, progress=report)
+            else:
+                self.weights = DeviceWeights.read(blueprint.packed, self.plan, blueprint.source, blueprint.refs, blueprint.threads,
+                                                  self.device, report)
+        elif blueprint.shape.device != "reference":
             from kvrun.weights.loaded import LoadedWeights
 
             if random:
@@ -114,7 +128,7 @@ class Model:
             raise UsageError("random weights need the native kernels; use --device cpu")
         try:
             for kv in kvs:
-                self.tracks.append(self._open(kv))
+                self.tracks.append(self._open(kv, alone=len(kvs) == 1))
         except BaseException:
             self.close()
             raise
@@ -123,9 +137,16 @@ class Model:
         plans = [self.blueprint.memory(kv, n_ctx) for kv in kvs]
         return MemoryPlan(n_ctx, self.blueprint.weight_bytes, sum(p.cache for p in plans), sum(p.workspace for p in plans))
 
-    def _open(self, kv: str) -> Track:
-        pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=self.plan.max_rows + self.rewinds, kv=self.blueprint.formats(kv))
+    def _open(self, kv: str, alone: bool) -> Track:
+        allocate = Arena if self.device is None else self.device.allocate
+        pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=self.plan.max_rows + self.rewinds, kv=self.blueprint.formats(kv), allocate=allocate)
         try:
+            if self.device is not None:
+                from kvrun.backends.cuda_executor import CudaExecutor
+
+                executor = CudaExecutor(self.plan, self.weights.matrices, self.weights.vectors, pool, self.device)
+                executor.runs_ahead = alone  # else one track's step would still run while the next one is timed
+                return Track(kv, executor, pool)
             if self.weights is None:
                 from kvrun.backends.reference import ReferenceExecutor
 
@@ -146,6 +167,9 @@ class Model:
         if self.weights is not None:
             self.weights.close()
             self.weights = None
+        if self.device is not None:
+            self.device.close()
+            self.device = None
 
     def __enter__(self) -> Self:
         return self

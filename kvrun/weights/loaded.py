@@ -33,6 +33,11 @@ class LoadedWeights:
         """Bytes of all of them: what a Blueprint announces as weight_bytes."""
         return self._arena.n_bytes + sum(v.nbytes for v in self.vectors.values())
 
+    @property
+    def packed_bytes(self) -> np.ndarray:
+        """uint8: all matrices as they lie, a view."""
+        return self._arena.bytes
+
     @classmethod
     def read(cls, packed: list[PackedWeight], plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef],
              threads: int, progress: Progress | None = None) -> Self:

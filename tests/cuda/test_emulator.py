@@ -11,6 +11,8 @@ PROGRAM = r"""
 #include <cstdio>
 #include <vector>
 
+extern "C" void kv_simt_order(uint32_t);
+
 // Each thread's value passes to the next thread of the block through shared memory, `rounds` times.
 static void rotate(int *out, int rounds) {
     __shared__ int slot[96];
@@ -36,6 +38,16 @@ static void halves(int *out) {
     out[threadIdx.x] = sum;
 }
 
+// A shuffle of the whole warp and a vote right after it, again and again.
+static void mixed(int *out) {
+    int sum = 0;
+    for (int round = 0; round < 4; round++) {
+        sum += __shfl_xor_sync(0xffffffffu, (int)threadIdx.x + round, 1);
+        sum += __popc(__ballot_sync(0xffffffffu, threadIdx.x % (round + 2) == 0));
+    }
+    out[threadIdx.x] = sum;
+}
+
 static void stuck() {
     if (threadIdx.x == 0) __syncwarp(); else __syncthreads();
 }
@@ -53,6 +65,18 @@ int main() {
     if (simt::launch(1, 64, stuck) != cudaErrorLaunchTimeout) return 5;
     if (simt::launch(1, 2048, stuck) != cudaErrorInvalidConfiguration) return 6;
     if (simt::launch(1, 64, [&] { halves(out.data()); })) return 7;   // and the emulator still works
+    for (unsigned order = 0; order < 5; order++) {
+        kv_simt_order(order);
+        if (simt::launch(1, 64, [&] { mixed(out.data()); })) return 8;
+        for (int i = 0; i < 64; i++) {
+            int want = 0;
+            for (int round = 0; round < 4; round++) {
+                want += (i ^ 1) + round;
+                for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) want += j % (round + 2) == 0;
+            }
+            if (out[i] != want) return 9;
+        }
+    }
     return 0;
 }
 """

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kvrun.backends.cuda import LIBRARY, probe, require
+from kvrun.backends import cuda
+from kvrun.backends.cuda import LIBRARY, CudaDevice, probe, require, why_not
 from kvrun.errors import UsageError
+from kvrun.runtime import choose_device
 
 from .device_memory import Device
 
@@ -61,15 +64,39 @@ def test_missing_and_broken_libraries_are_told(tmp_path, cxx):
     assert not other.loads and "interface 999" in other.reason
 
 
-def test_the_device_is_refused_with_exit_code_2():
-    with pytest.raises(UsageError, match="no CUDA decode loop yet") as refusal:
+def test_without_a_device_it_is_refused_with_exit_code_2():
+    if not why_not(probe()):
+        pytest.skip("there is a device")
+    with pytest.raises(UsageError, match="^--device cuda: ") as refusal:
         require()
     assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
 
 
+def test_each_reason_is_told(built):
+    """A device without code in this build; a torch that cannot use it."""
+    device = CudaDevice("Fancy 9000", "12.7", 100, False, 2**34, 2**33)
+    assert "no kernels for Fancy 9000 (compute 12.7)" in why_not(replace(built, devices=(device,), reason=""))
+    torch = pytest.importorskip("torch")
+    if not torch.backends.cuda.is_built():
+        reason = why_not(replace(built, devices=(replace(device, built=True),), reason=""))
+        assert "built without CUDA" in reason and torch.__version__ in reason
+
+
+def test_auto_takes_a_device_that_works_and_says_so(monkeypatch, built):
+    status = replace(built, devices=(CudaDevice("Fancy 9000", "9.0", 100, True, 2**34, 2**33),), reason="")
+    monkeypatch.setattr(cuda, "probe", lambda: status)
+    told = []
+    for reason, device in (("", "cuda"), ("it is on fire", "cpu")):
+        monkeypatch.setattr(cuda, "why_not", lambda status, reason=reason: reason)
+        assert choose_device("auto", told.append) == device
+    assert told == ["using the GPU, Fancy 9000", "the GPU is not used: it is on fire"]
+
+
 def test_a_command_on_cuda_ends_with_2_and_one_line(smollm2, capfd):
+    if not why_not(probe()):
+        pytest.skip("there is a device")
     from kvrun.cli.main import main
 
     assert main(["run", str(smollm2.path), "Hello", "--device", "cuda"]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and "no CUDA decode loop yet" in err
+    assert out == "" and len(err.splitlines()) == 1 and "--device cuda: " in err

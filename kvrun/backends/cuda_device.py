@@ -1,0 +1,65 @@
+"""What the executor asks of a device: memory, one stream of work, and replays. Kernels, copies and their order are the
+library's; see kernels/kvrun.h."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from kvrun.backends.native import ffi
+from kvrun.errors import KvrunError
+
+
+class Memory(Protocol):
+    """Device memory. address: where it starts, a multiple of 256."""
+
+    address: int
+    n_bytes: int
+
+    def close(self) -> None:
+        """Gives the memory back."""
+
+
+class Device(Protocol):
+    """A device with one stream, on which everything runs in order."""
+
+    name: str
+    lib: object
+    stream: int
+
+    def allocate(self, n_bytes: int, purpose: str) -> Memory:
+        """OutOfMemoryError, naming `purpose`, when the device refuses."""
+
+    def pinned(self, n_bytes: int) -> np.ndarray:
+        """uint8 [n_bytes] of host memory that copies need not wait for."""
+
+    def mark(self) -> object:
+        """Something to wait for: all work that the stream has been given."""
+
+    def wait(self, mark: object) -> None:
+        """Returns when the marked work is done."""
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A call that repeats what `work` launches, at less cost. `work` ran before at least once; it may run now."""
+
+    def fill(self, memory: Memory, offset: int, data: np.ndarray) -> None:
+        """Copies uint8 `data` of the host into the memory; `data` may change afterwards."""
+
+    def product(self) -> Callable[..., None] | None:
+        """A kvrun.backends.cuda_product.Product for many rows, or None where the library's own kernel does them all."""
+
+    def close(self) -> None:
+        """Ends the stream."""
+
+
+def check(lib: object, status: int) -> None:
+    """KvrunError with the library's own words for what it refused."""
+    if status:
+        raise KvrunError(f"the CUDA kernels failed: {ffi.string(lib.kv_cuda_error()).decode()}")
+
+
+def copy(device: Device, to: int, source: int, n_bytes: int) -> None:
+    """Copies between addresses of the host or the device, on the stream."""
+    check(device.lib, device.lib.kv_cuda_copy(ffi.cast("void *", to), ffi.cast("void *", source), n_bytes, device.stream))

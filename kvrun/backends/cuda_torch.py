@@ -1,0 +1,119 @@
+"""A GPU through torch: memory, stream, page-locked copies and CUDA graphs. Importing this module imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvrun.backends.cuda import CudaStatus, open_library
+from kvrun.backends.cuda_device import copy
+from kvrun.backends.cuda_product import Product
+from kvrun.errors import OutOfMemoryError
+
+_CHUNK_BYTES = 32 << 20
+"""Size of each of the two page-locked buffers that weights pass through."""
+
+
+class TorchMemory:
+    """Device memory out of torch's allocator, whose blocks are aligned to 512 bytes."""
+
+    def __init__(self, n_bytes: int, purpose: str, device: torch.device) -> None:
+        self.n_bytes = n_bytes
+        try:
+            self._bytes: torch.Tensor | None = torch.zeros(max(n_bytes, 1), dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            free = torch.cuda.mem_get_info(device)[0]
+            raise OutOfMemoryError(f"no GPU memory for {purpose} ({n_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free); "
+                                   "use a smaller --n-ctx or end other programs on the GPU") from None
+        self.address: int = self._bytes.data_ptr()
+
+    def floats(self, offset: int, *shape: int) -> torch.Tensor:
+        """A view, float32."""
+        n = int(np.prod(shape))
+        return self._bytes[offset : offset + 4 * n].view(torch.float32).view(shape)
+
+    def close(self) -> None:
+        """See Memory."""
+        self._bytes = None
+
+
+class TorchDevice:
+    """See kvrun.backends.cuda_device.Device. Steps and copies run on a stream of its own."""
+
+    name = "cuda"
+
+    def __init__(self, status: CudaStatus, index: int = 0) -> None:
+        """status: of a library that loads and a device that works."""
+        self.lib = open_library(status.path)
+        self._device = torch.device("cuda", index)
+        torch.cuda.set_device(self._device)
+        self._stream = torch.cuda.Stream(self._device)
+        self.stream: int = self._stream.cuda_stream
+        self._staging: list[tuple[np.ndarray, torch.cuda.Event]] = []
+        self._pinned: list[torch.Tensor] = []
+
+    def allocate(self, n_bytes: int, purpose: str) -> TorchMemory:
+        """See Device."""
+        with torch.cuda.stream(self._stream):
+            return TorchMemory(n_bytes, purpose, self._device)
+
+    def pinned(self, n_bytes: int) -> np.ndarray:
+        """See Device."""
+        try:
+            held = torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise OutOfMemoryError(f"no page-locked memory ({n_bytes / 2**20:.1f} MiB): {str(error).splitlines()[0]}") from None
+        self._pinned.append(held)
+        return held.numpy()
+
+    def mark(self) -> torch.cuda.Event:
+        """See Device."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """See Device."""
+        mark.synchronize()
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See Device. The work is recorded and not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+
+        def replay() -> None:
+            with torch.cuda.stream(self._stream):
+                graph.replay()
+
+        return replay
+
+    def fill(self, memory: TorchMemory, offset: int, data: np.ndarray) -> None:
+        """See Device. Through two page-locked buffers in turn, so that reading and copying go on side by side."""
+        flat = data.reshape(-1)
+        if not self._staging:
+            self._staging = [(self.pinned(_CHUNK_BYTES), torch.cuda.Event()) for _ in range(2)]
+        for turn, at in enumerate(range(0, flat.size, _CHUNK_BYTES)):
+            buffer, free = self._staging[turn % 2]
+            free.synchronize()
+            n = min(_CHUNK_BYTES, flat.size - at)
+            buffer[:n] = flat[at : at + n]
+            copy(self, memory.address + offset + at, buffer.ctypes.data, n)
+            free.record(self._stream)
+
+    def product(self) -> Callable[..., None]:
+        """See Device."""
+        product = Product(self.lib, self.stream)
+
+        def on_stream(*args: object, **settings: object) -> None:
+            with torch.cuda.stream(self._stream):
+                product(*args, **settings)
+
+        return on_stream
+
+    def close(self) -> None:
+        """See Device."""
+        self._stream.synchronize()
+        self._staging, self._pinned = [], []
