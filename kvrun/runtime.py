@@ -120,7 +120,7 @@ def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv:
     executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report)
     try:
         return Engine(blueprint.spec, executor, pool.sequence(), text.result(), n_ctx=n_ctx,
-                      chunk=min(blueprint.shape.prefill_chunk, n_ctx))
+                      chunk=min(blueprint.shape.prefill_chunk, n_ctx), pool=pool)
     except BaseException:
         executor.close()
         raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from dataclasses import dataclass
 
 from kvrun.backends.batch import PageTable
 from kvrun.backends.plan import CacheGroup
@@ -98,6 +99,17 @@ class _GroupPages:
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
         seen = range(oldest_seen // PAGE * PAGE, length, PAGE)
         return self.holds(length - 1) and all(base in evicted or self.holds(base) for base in seen)
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """What a sequence of `length` tokens holds, so that it can be held again. bases: positions of the pages of each group, ascending,
+    without those that have left a window. evicted, turns: positions of dropped pages and of turns."""
+
+    length: int
+    bases: tuple[tuple[int, ...], ...]
+    evicted: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
 
 
 class Sequence:
@@ -214,12 +226,10 @@ class Sequence:
         """Rewinds to the first n tokens; with whole pages to the page border below them, unless nothing goes: `length`
         then says what was kept. False, with nothing changed, when the page of the last of them was evicted, or a sliding
         group has given up a page that the next row would see: the caller must then clear and prefill again."""
-        if n > self.length:
-            raise ValueError(f"cannot truncate a sequence of {self.length} tokens to {n}")
-        if self.whole_pages and n < self.length:
-            n -= n % PAGE  # what the open page has gathered about its rows cannot be taken back
-        if not all(g.can_rewind(n, self._evicted) for g in self._groups):
+        kept = self.rewinds_to(n)
+        if kept is None:
             return False
+        n = kept
         for group in self._groups:
             while group.base and group.base[-1] >= n:
                 group.drop_newest()
@@ -228,9 +238,46 @@ class Sequence:
         self.length = n
         return True
 
+    def rewinds_to(self, n: int) -> int | None:
+        """What `truncate(n)` would leave; None where it cannot."""
+        if n > self.length:
+            raise ValueError(f"cannot truncate a sequence of {self.length} tokens to {n}")
+        if self.whole_pages and n < self.length:
+            n -= n % PAGE  # what the open page has gathered about its rows cannot be taken back
+        return n if all(g.can_rewind(n, self._evicted) for g in self._groups) else None
+
     def clear(self) -> None:
         """Gives every page back."""
         self.truncate(0)
+
+    def state(self, length: int | None = None) -> SequenceState:
+        """What `adopt` takes to come back to the first `length` tokens, whose pages must still be here; None: all."""
+        length = self.length if length is None else length
+        bases = tuple(tuple(base for base in g.base[g.dead(length):] if base < length) for g in self._groups)
+        return SequenceState(length, bases, tuple(sorted(base for base in self._evicted if base < length)),
+                             tuple(turn for turn in self._turns if turn <= length))
+
+    def adopt(self, state: SequenceState) -> list[tuple[int, int, int]]:
+        """Becomes the sequence that `state` was taken of. Pages held at its positions stay: they must be of the same text. Returns
+        (group, position, page) of the others, whose bytes the caller writes. ContextFullError, with nothing changed, when the pool
+        is too small."""
+        for group, bases in zip(self._groups, state.bases, strict=True):
+            if len(bases) > len(group.free) + len(group.base):
+                raise ContextFullError(f"{len(bases)} pages of {state.length} tokens do not fit into this cache; use a larger --n-ctx")
+        missing = []
+        for index, (group, bases) in enumerate(zip(self._groups, state.bases, strict=True)):
+            group.drop(set(group.base) - set(bases))
+            pages = dict(zip(group.base, group.pages, strict=True))
+            for base in bases:
+                if base not in pages:
+                    pages[base] = group.free.take()
+                    missing.append((index, base, pages[base]))
+            group.base[:] = array("i", bases)
+            group.pages[:] = array("i", (pages[base] for base in bases))
+        self._evicted = set(state.evicted)
+        self._turns = list(state.turns)
+        self.length = state.length
+        return missing
 
     def tables(self) -> list[PageTable]:
         """The page table of each group. Views of live arrays: valid until the next change of the sequence."""

@@ -79,6 +79,11 @@ class Pool:
         """A new, empty sequence that takes its pages from this pool. One at a time where there is side memory."""
         return Sequence(self.plan_groups, self._free, self.n_ctx, whole_pages=self.whole_pages)
 
+    def page(self, group: int, page: int) -> np.ndarray:
+        """The bytes of one page as they lie: uint8 [page_stride], a view."""
+        stride = self.groups[group].page_stride
+        return self.groups[group].memory[page * stride : (page + 1) * stride]
+
     def close(self) -> None:
         """Gives the memory back."""
         for group in self.groups:

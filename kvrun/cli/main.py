@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kvrun import __version__
-from kvrun.cli import bench, chat, compare, doctor, ls, plan, pull, rm, run, show, verify
+from kvrun.cli import bench, chat, compare, doctor, ls, plan, pull, rm, run, session, show, verify
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams, termination
 
@@ -47,6 +47,7 @@ def kvrun(version: Annotated[bool, typer.Option(
 
 for command in (run.run, chat.chat, plan.plan, compare.compare, bench.bench, pull.pull, ls.ls, show.show, verify.verify, rm.rm, doctor.doctor):
     app.command(command.__name__)(command)
+app.add_typer(session.session)
 
 _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""

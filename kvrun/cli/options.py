@@ -52,6 +52,11 @@ Kv = Annotated[str, typer.Option(
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4.")]
 Weights = Annotated[Literal["auto", "bf16", "q8", "q4"], typer.Option(
     "--weights", help="Format of the weights in memory: auto as the file has them; the others quantize what is stored in more bits.")]
+ChatKv = Annotated[str | None, typer.Option(
+    "--kv", metavar="FORMAT", callback=lambda kv: kv and _known_format(kv), show_default=False,
+    help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4. Default: the session's, else f16.")]
+Think = Annotated[Literal["show", "hide"], typer.Option(
+    "--think", help="Reasoning of models that think aloud: show it on stderr, dimmed, or hide it.")]
 Overflow = Annotated[Literal["stop", "evict"], typer.Option(
     "--overflow", help="When the context is full: stop, or evict, which drops old pages of 128 tokens, says so, and goes on.")]
 Keep = Annotated[int | None, typer.Option(

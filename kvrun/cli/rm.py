@@ -41,6 +41,7 @@ def rm(
     Examples:
       kvrun rm smollm2-135m
       kvrun rm Qwen/Qwen3-0.6B --yes
+      kvrun rm Qwen/Qwen3-0.6B --revision v1 --yes --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, verbose=verbose))
     _rm(RmOptions(model, revision, yes, json), console)

@@ -39,6 +39,7 @@ def show(
     Examples:
       kvrun show smollm2-135m
       kvrun show ./model.gguf --json
+      kvrun show gemma3-270m --json | jq .parameters
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
     _show(ShowOptions(opt.ModelOptions(model, revision=revision, offline=offline), json), console)

@@ -38,6 +38,7 @@ def verify(
     Examples:
       kvrun verify smollm2-135m
       kvrun verify ./folder --json
+      kvrun verify gemma3-270m -q && echo whole
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
     _verify(VerifyOptions(model, revision, json), console)

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 from kvrun.backends.batch import Batch, Sampler
 from kvrun.cache.evict import POLICIES, pinned_tokens, spans
 from kvrun.cache.formats import PAGE
-from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stats, Stop, Token, TokenLogprob
+from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stop, Token, TokenLogprob
+from kvrun.engine.job import Job
 from kvrun.errors import ContextFullError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.executor import Executor
     from kvrun.cache.pages import Sequence
+    from kvrun.cache.pool import Pool
+    from kvrun.cache.session_pages import Mark, PageArchive
     from kvrun.models.spec import ModelSpec
     from kvrun.text import Text
 
@@ -30,22 +33,25 @@ class Engine:
     tokens: the ids that were read and said, in order. Their K and V are in the cache, but for those that a full context
     dropped where `evict` was called. They agree with the cache whenever no step is running, also after an interrupt, an
     error, or a generation that was not read to its end.
+    archive: where pages are kept on disk, so that a rewind finds what the cache has given up; None: nowhere.
     """
 
     def __init__(self, spec: ModelSpec, executor: Executor, sequence: Sequence, text: Text, n_ctx: int,
-                 chunk: int) -> None:
-        """sequence: an empty one of a pool for n_ctx tokens. chunk: the most prompt rows of a step."""
+                 chunk: int, pool: Pool | None = None) -> None:
+        """sequence: an empty one of `pool`, for n_ctx tokens. chunk: the most prompt rows of a step."""
         self.spec = spec
         self.executor = executor
         self.sequence = sequence
         self.text = text
         self.n_ctx = n_ctx
         self.chunk = chunk
+        self.pool = pool
         self.tokens: list[int] = []
         # Where each of `tokens` lies in the sequence: its own index, until the trained length was reached and what was
         # held was read again from position 0.
         self._at = array("i")
         self._limit = n_ctx
+        self.archive: PageArchive | None = None
         self._news: list[Eviction] = []
         self._interrupted = False
         self._running: Generator[Event, None, None] | None = None
@@ -89,8 +95,28 @@ class Engine:
         if self._running is not None:
             self._running.close()
         self._interrupted = False
-        self._running = self._generate(_Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued))
+        self._running = self._generate(Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued))
         return self._running
+
+    @property
+    def positions(self) -> Items[int]:
+        """Where each of `tokens` lies in the sequence; below 0 for what was dropped before its positions were counted anew."""
+        return self._at
+
+    def resume(self, tokens: Items[int], positions: Items[int], mark: Mark) -> None:
+        """Takes on what a saved sequence held at `mark` of the archive. DamagedPageError and ContextFullError leave the cache empty."""
+        self.sequence.clear()
+        try:
+            self.archive.load(mark)
+        except BaseException:
+            self._clear()
+            raise
+        self.tokens, self._at = list(tokens[: mark.count]), array("i", positions[: mark.count])
+
+    def mark(self) -> None:
+        """Makes what is held now a place that a later prompt can come back to without reading anything again; needs an archive."""
+        if self.tokens and self._at[-1] != _GONE:
+            self.archive.mark(len(self.tokens), whole=True)
 
     def interrupt(self) -> None:
         """Ends the running generation with Stop("interrupt") after the step in progress. Safe in a signal handler."""
@@ -104,7 +130,7 @@ class Engine:
         self.executor.close()
         self.tokens, self._at = [], array("i")
 
-    def _generate(self, job: _Job) -> Generator[Event, None, None]:
+    def _generate(self, job: Job) -> Generator[Event, None, None]:
         started = time.perf_counter()
         notice = self._keep_common_prefix([] if job.echo else job.ids)
         self.sequence.begin_turn()
@@ -125,26 +151,51 @@ class Engine:
             if mine != wanted:
                 break
             shared += 1
-        if self._rewind(shared):
+        why = self._rewind(shared)
+        if why is None:
             return None
         self._clear()
-        why = "what came before was dropped" if self.sequence.evicts else "the sliding window has moved on"
-        return (f"reading the whole prompt again: it differs from what the cache held from token {shared} on, and {why}")
+        return f"reading the whole prompt again: it differs from what the cache held from token {shared} on, and {why}"
 
-    def _rewind(self, n: int) -> bool:
-        """Takes the cache back to the first n of `tokens`. False, with nothing changed, where it no longer holds what
-        came just before, or where less than half a context would be left of what was once there."""
+    def _rewind(self, n: int) -> str | None:
+        """Takes the cache back to the first n of `tokens`, or to the mark below. Where it no longer holds what came just before, or
+        less than half a context would be left of what was once there: why; the cache is then of no use."""
         if n == 0:
             self._clear()
-            return True
-        if n < len(self.tokens) or self._at[-1] == _GONE:
-            length = self._at[n - 1] + 1
-            left = length - self.sequence.lost_before(length)
-            if not length or left < min(n, self.n_ctx // 2) or not self.sequence.truncate(length):
-                return False
-            del self.tokens[n:], self._at[n:]
-            self._drop_from(self.sequence.length)
-        return True
+            return None
+        if n == len(self.tokens) and self._at[-1] != _GONE:
+            return None
+        length = self._at[n - 1] + 1
+        kept = self.sequence.rewinds_to(length) if length else None
+        left = 0 if kept is None else kept - self.sequence.lost_before(kept)
+        mark = self.archive.best(n) if self.archive else None
+        if mark is not None and mark.state.length - PAGE * len(mark.state.evicted) > left:
+            return self._restore(mark)
+        if kept is None or length - self.sequence.lost_before(length) < min(n, self.n_ctx // 2):
+            return "what came before was dropped" if self.sequence.evicts else "the sliding window has moved on"
+        self._truncate(length)
+        del self.tokens[n:], self._at[n:]
+        self._drop_from(self.sequence.length)
+        return None
+
+    def _restore(self, mark: Mark) -> str | None:
+        """Takes the cache to `mark`, reading from disk what it has given up."""
+        from kvrun.cache.session_pages import DamagedPageError
+
+        try:
+            self.archive.load(mark)
+        except (DamagedPageError, ContextFullError) as error:
+            return str(error)
+        del self.tokens[mark.count :], self._at[mark.count :]
+        self.archive.rewound(mark.state.length)
+        return None
+
+    def _truncate(self, length: int) -> bool:
+        """Rewinds the sequence and what is on disk of it."""
+        done = self.sequence.truncate(length)
+        if done and self.archive:
+            self.archive.rewound(self.sequence.length)
+        return done
 
     def _drop_from(self, length: int) -> None:
         """Forgets the tokens at positions from `length` on: a rewind may end at the page border below where it was to."""
@@ -152,16 +203,20 @@ class Engine:
             self.tokens.pop()
             self._at.pop()
 
-    def _prefill(self, job: _Job) -> Generator[Event, None, int | None]:
+    def _prefill(self, job: Job) -> Generator[Event, None, int | None]:
         """Runs the prompt. Returns the first drawn token; None when interrupted or when none is wanted."""
         most = min(self.chunk, self.executor.plan.max_out) if job.echo else self.chunk
         drawn: list[int] = []
         while len(self.tokens) < len(job.ids) and not self._interrupted:
             start = len(self.tokens)
             rows = self.sequence.most_rows(min(most, len(job.ids) - start))
+            if self._last_row_apart and rows > 1 and start + rows == len(job.ids):
+                rows -= 1
             yield from self._stay_in_range(rows, job)
             if self._interrupted:
                 break
+            if self._last_row_apart and start + rows == len(job.ids):
+                self._mark_prompt(job)
             part = job.ids[start : start + rows]
             draws = start + len(part) == len(job.ids) and job.max_tokens != 0
             out_rows = list(range(len(part))) if job.echo else [len(part) - 1] if draws else []
@@ -173,7 +228,7 @@ class Engine:
             yield Prefill(len(self.tokens), len(job.ids), job.stats.cached_tokens)
         return drawn[-1] if drawn and not self._interrupted else None
 
-    def _decode(self, job: _Job, drawn: int | None) -> Generator[Event, None, tuple[str, str]]:
+    def _decode(self, job: Job, drawn: int | None) -> Generator[Event, None, tuple[str, str]]:
         """Emits tokens until there is a reason to stop. Returns it and the text that was still held back."""
         if drawn is None:
             return ("interrupt" if self._interrupted else "length"), ""
@@ -188,6 +243,8 @@ class Engine:
             job.note(drawn)
             text, stopped = stops.push(detokenizer.push(drawn))
             yield Token(drawn, text, record)
+            if job.stats.generated_tokens == 1:
+                self._mark_prompt(job)
             if stopped:
                 return "stop", ""
             if job.stats.generated_tokens == job.max_tokens:
@@ -211,7 +268,20 @@ class Engine:
         text, stopped = stops.push(detokenizer.flush())
         return ("stop", text) if stopped else (reason, text + stops.flush())
 
-    def _step(self, part: list[int], job: _Job, *, prefill: bool, out_rows: list[int], draw: bool,
+    @property
+    def _last_row_apart(self) -> bool:
+        """Whether the last prompt row is a step of its own: its logits are wanted again when the answer is, and a page that is quantized
+        as a whole cannot be taken back by one row."""
+        return self.archive is not None and self.sequence.whole_pages
+
+    def _mark_prompt(self, job: Job) -> None:
+        """The prompt but for its last token is a place to come back to, for another answer."""
+        count = len(job.ids) - 1
+        if self.archive is not None and count > 0 and len(self.tokens) >= count and self._at[count - 1] != _GONE:
+            if not self.sequence.whole_pages or len(self.tokens) == count:
+                self.archive.mark(count, self._at[count - 1] + 1)
+
+    def _step(self, part: list[int], job: Job, *, prefill: bool, out_rows: list[int], draw: bool,
               again: list[int] | None = None) -> list[int]:
         """Runs rows at the end of the cache. again: which of `tokens` they are, when they are computed anew; None: they
         follow the last. Whatever interrupts it, `tokens` and the cache agree afterwards."""
@@ -232,7 +302,7 @@ class Engine:
         except BaseException:
             del self.tokens[said:], self._at[said:]
             self._move(again or (), itertools.repeat(_GONE))
-            if self.sequence.truncate(first):
+            if self._truncate(first):
                 self._drop_from(self.sequence.length)
             else:
                 self._clear()
@@ -243,13 +313,13 @@ class Engine:
         for index, position in zip(indices, positions, strict=False):
             self._at[index] = position
 
-    def _announce(self, job: _Job) -> Generator[Event, None, None]:
+    def _announce(self, job: Job) -> Generator[Event, None, None]:
         """Tells and counts what was dropped since the last time."""
         news, self._news = self._news, []
         job.stats.evictions += news
         yield from news
 
-    def _stay_in_range(self, rows: int, job: _Job) -> Generator[Event, None, None]:
+    def _stay_in_range(self, rows: int, job: Job) -> Generator[Event, None, None]:
         """Where `rows` more would pass the last position that the model was trained for, what is held (at most what
         leaves half of the range free) is read again as a text of its own: its keys cannot be used at other positions."""
         if not self.sequence.evicts or self.sequence.length + rows <= self._limit:
@@ -262,7 +332,7 @@ class Engine:
         if dropped:
             where = spans(self._at[index] for index in dropped)
             self._news.append(Eviction(where, len(dropped), "n_positions"))
-        self.sequence.clear()
+        self._truncate(0)
         self._move(range(len(self._at)), itertools.repeat(_GONE))
         yield Notice(f"position {self._limit} is the last that the model was trained for: reading the {len(kept)} tokens "
                      "that are held again, from position 0")
@@ -278,7 +348,7 @@ class Engine:
             yield Prefill(done, len(kept), 0)
 
     def _clear(self) -> None:
-        self.sequence.clear()
+        self._truncate(0)
         self.tokens.clear()
         del self._at[:]
 
@@ -287,7 +357,7 @@ class Engine:
 
         return token_logprob(self.executor.logits()[row], index, token, k)
 
-    def _read_prompt_logprobs(self, job: _Job, start: int, n: int) -> None:
+    def _read_prompt_logprobs(self, job: Job, start: int, n: int) -> None:
         """The row of prompt token i predicts token i+1; nothing predicts the first."""
         if start == 0:
             job.prompt_logprobs.append(TokenLogprob(0, job.ids[0], None))
@@ -295,26 +365,3 @@ class Engine:
             index = start + row + 1
             if index < len(job.ids):
                 job.prompt_logprobs.append(self._logprob(row, index, job.ids[index], job.logprobs))
-
-
-class _Job:
-    """One generation's wishes, and what it has counted."""
-
-    def __init__(self, ids: list[int], sampler: Sampler, max_tokens: int | None, stop: list[str], logprobs: int,
-                 echo: bool, continued: bool) -> None:
-        self.ids = ids
-        self.sampler = sampler
-        self.max_tokens = max_tokens
-        self.stop = stop
-        self.logprobs = logprobs
-        self.echo = echo
-        self.continued = continued
-        self.stats = Stats(prompt_tokens=len(ids))
-        self.prompt_logprobs: list[TokenLogprob] = []
-        # The penalty counts an id once, so a set in order of appearance does; it stays empty where nothing reads it.
-        self.seen: dict[int, None] = dict.fromkeys(ids) if sampler.repeat_penalty != 1.0 else {}
-
-    def note(self, token: int) -> None:
-        """A token was drawn."""
-        if self.sampler.repeat_penalty != 1.0:
-            self.seen[token] = None

@@ -77,6 +77,11 @@ def facts(files: ModelFiles) -> Facts:
         kv_bytes_per_token_full=a_layer * (len(spec.layers) - len(sliding)), sampling=files.sampling)
 
 
+def has_template(files: ModelFiles) -> bool:
+    """Whether the model comes with a chat template. Reads headers only."""
+    return (_gguf_text(files) if files.kind == "gguf" else _folder_text(files))[1]
+
+
 def _gguf_text(files: ModelFiles) -> tuple[str, bool]:
     meta = files.gguf.metadata
     kind, pre = meta.get("tokenizer.ggml.model", "none"), meta.get("tokenizer.ggml.pre")

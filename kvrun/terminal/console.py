@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import time
 
 from kvrun.errors import StorageError
 from kvrun.terminal import streams
+from kvrun.terminal.markdown import MarkdownBlocks, render
 from kvrun.terminal.sanitize import Sanitizer, one_line, visible
 
 _RED, _DIM, _OFF = "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
@@ -44,6 +46,8 @@ class Console:
         self._next_draw = 0.0
         self._held = ""           # newlines at the end of the answer so far, but for the first of them
         self._line: bool | None = None  # whether the answer's last line is open; None: nothing of it is out yet
+        self._thought = ""        # the end of the reasoning shown so far
+        self._blocks: MarkdownBlocks | None = None
 
     # ---- stdout ----
 
@@ -71,6 +75,29 @@ class Console:
             self.out((self._held if rest else "") + rest + "\n")
         self._held, self._line = "", None
 
+    def markdown(self) -> None:
+        """From now on answers on a terminal are shown as Markdown, block by block; elsewhere they are the model's own text."""
+        if self.stdout_is_terminal:
+            self._blocks = MarkdownBlocks()
+
+    def model_text(self, text: str) -> None:
+        """Streams an answer in the way that is set."""
+        if self._blocks is None:
+            self.answer(text)
+        else:
+            for block in self._blocks.push(text):
+                self._render(block)
+
+    def end_model_text(self) -> None:
+        """Ends an answer with a newline."""
+        if self._blocks is None:
+            self.end_answer()
+        else:
+            self._render(self._blocks.flush())
+
+    def _render(self, block: str) -> None:
+        self.out(render(block, color=streams.color_wanted("auto", streams.STDOUT)) if block.strip() else "")
+
     def line(self, text: str) -> None:
         """One line of a command's own report; foreign text in it is made visible on a terminal."""
         self.out((visible(text) if self.stdout_is_terminal else text) + "\n")
@@ -95,6 +122,29 @@ class Console:
     def report(self, text: str) -> None:
         """A line that was asked for (--stats), also with -q."""
         self._message(one_line(text), "")
+
+    def thought(self, text: str) -> None:
+        """Streams reasoning, dimmed."""
+        self.clear_progress()
+        text = visible(text)
+        self._thought = text or self._thought
+        shown = f"{_DIM}{text}{_OFF}" if self.stderr_color else text
+        streams.write_if_possible(streams.STDERR, shown.encode("utf-8", "replace"))
+
+    def end_thought(self) -> None:
+        """The reasoning is over: what follows begins on a line of its own, after an empty one."""
+        if self._thought:
+            newlines = 2 - min(2, len(self._thought) - len(self._thought.rstrip("\n")))
+            streams.write_if_possible(streams.STDERR, b"\n" * newlines)
+            self._thought = ""
+
+    def copy(self, text: str) -> bool:
+        """Gives text to the terminal's clipboard (OSC 52). False where no stream is a terminal."""
+        if not (self.stderr_is_terminal or self.stdout_is_terminal):
+            return False
+        stream = streams.STDERR if self.stderr_is_terminal else streams.STDOUT
+        streams.write_if_possible(stream, b"\x1b]52;c;" + base64.b64encode(text.encode("utf-8", "replace")) + b"\x07")
+        return True
 
     def error(self, text: str) -> None:
         """The one line of a failure."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvrun.errors import UsageError
 from kvrun.terminal import streams, termination
+from kvrun.terminal.sanitize import one_line
+
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 
 class LineCleared(Exception):
@@ -20,36 +26,46 @@ class LineCleared(Exception):
 class LineReader(Protocol):
     """Gives one message at a time."""
 
-    def read(self) -> str:
-        """The next message, without its newline. EOFError at the end, KeyboardInterrupt for Ctrl-C at an empty
-        prompt, LineCleared for Ctrl-C at any other, UsageError for a line that is no text."""
+    def read(self, default: str = "") -> str:
+        """The next message, without its newline. default: text to begin with, where it can be edited. EOFError at the
+        end, KeyboardInterrupt for Ctrl-C at an empty prompt, LineCleared for Ctrl-C at any other, UsageError for a line
+        that is no text."""
+
+
+Completions = Callable[[str], Iterable[tuple[str, int]]]
+"""Text before the cursor -> (text to put in, how many characters before the cursor it replaces)."""
 
 
 class TerminalLines:
-    """Line editing with history; a pasted text of several lines is one message."""
+    """Line editing with history; a pasted text of several lines is one message, and Alt-Enter or Ctrl-J begins a line."""
 
-    def __init__(self, history: Path | None) -> None:
-        """history: its file, made if absent, readable by its owner alone; None keeps it in memory."""
+    def __init__(self, history: Path | None, *, status: Callable[[], str] = str, completions: Completions | None = None,
+                 color: bool = True) -> None:
+        """history: its file, made if absent, readable by its owner alone; None keeps it in memory. status: the line below
+        the prompt. completions: what Tab offers."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
-        from prompt_toolkit.output import create_output
+        from prompt_toolkit.output import ColorDepth, create_output
+        from prompt_toolkit.styles import Style
 
         if history is not None:
             history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(history, os.O_CREAT | os.O_APPEND, 0o600))
         # The prompt goes to the terminal also when the answers go elsewhere.
-        self._session = PromptSession(output=create_output(always_prefer_tty=True),
-                                      history=FileHistory(str(history)) if history else InMemoryHistory())
+        self._session = PromptSession(
+            output=create_output(always_prefer_tty=True), history=FileHistory(str(history)) if history else InMemoryHistory(),
+            bottom_toolbar=lambda: one_line(status()), style=Style([("bottom-toolbar", "noreverse fg:ansibrightblack")]),
+            color_depth=None if color else ColorDepth.DEPTH_1_BIT, key_bindings=_newline_keys(), prompt_continuation="  ",
+            completer=_completer(completions) if completions else None, complete_while_typing=False, reserve_space_for_menu=4)
 
-    def read(self) -> str:
+    def read(self, default: str = "") -> str:
         try:
             with termination.ended_by(self._end):
-                return self._session.prompt("> ", pre_run=self._end_if_terminated)
+                return self._session.prompt("> ", default=default, pre_run=self._end_if_terminated)
         except KeyboardInterrupt:
             if self._session.default_buffer.text:
                 raise LineCleared from None
             raise
-
 
     def _end(self) -> None:
         """Takes the prompt away from a signal handler: the event loop does it, as soon as it is there."""
@@ -63,6 +79,32 @@ class TerminalLines:
             app.exit(exception=termination.Terminated)
 
 
+def _newline_keys() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _completer(completions: Completions) -> Completer:
+    from prompt_toolkit.completion import Completer, Completion
+
+    class Offered(Completer):
+        """What `completions` says."""
+
+        def get_completions(self, document: Document, complete_event: object) -> Iterator[Completion]:
+            for text, replaced in completions(document.text_before_cursor):
+                yield Completion(text, start_position=-replaced)
+
+    return Offered()
+
+
 class PipedLines:
     """One message a line of standard input."""
 
@@ -70,7 +112,7 @@ class PipedLines:
         self._file = open(streams.STDIN, "rb", closefd=False)  # noqa: SIM115 - lives as long as the process
         self._number = 0
 
-    def read(self) -> str:
+    def read(self, default: str = "") -> str:
         try:
             line = self._file.readline()
         except OSError:  # closed: as if it were empty

@@ -53,6 +53,11 @@ class Text:
         """Whether the model came with a chat template."""
         return bool(self._tokenizer.templates)
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """Name -> source of the model's chat templates."""
+        return dict(self._tokenizer.templates)
+
     def use_template(self, source: str, where: str) -> None:
         """Replaces the model's chat templates by `source`. where: the file it came from, for errors."""
         self._tokenizer = replace(self._tokenizer, templates={"default": source})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pexpect
@@ -51,8 +52,8 @@ class Screen:
         return self.wait(lambda display: text in display)
 
     def wait_prompt(self) -> str:
-        """Reads until the last line of the screen is an empty chat prompt."""
-        return self.wait(lambda display: display.split("\n")[-1] == ">")
+        """Reads until the screen ends with an empty chat prompt and the status line below it."""
+        return self.wait(lambda display: re.search(r"(^|\n)>\n+ctx \d+/\d+ · kv .*$", display))
 
     def ask(self, line: str, expected: str) -> str:
         """Enters a line at the prompt and reads until `expected` is shown below it and the prompt is back."""

@@ -13,7 +13,11 @@ COMMAND = typer.main.get_command(app)
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "rich", "jinja2", "prompt_toolkit", "gguf", "cffi")
 
 
-@pytest.mark.parametrize("args", [[], *([name] for name in sorted(COMMAND.commands))], ids=lambda a: " ".join(["kvrun", *a]))
+LEAVES = {name: command for name, command in COMMAND.commands.items() if not hasattr(command, "commands")}
+LEAVES |= {f"{group} {name}": command for group, members in COMMAND.commands.items() for name, command in getattr(members, "commands", {}).items()}
+
+
+@pytest.mark.parametrize("args", [[], *(name.split() for name in sorted({*COMMAND.commands, *LEAVES}))], ids=lambda a: " ".join(["kvrun", *a]))
 def test_help_imports_nothing_heavy(args, environment):
     code = (f"import sys\nfrom kvrun.cli.main import main\ncode = main({[*args, '--help']!r})\n"
             f"sys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))\nsys.exit(code)")
@@ -22,21 +26,18 @@ def test_help_imports_nothing_heavy(args, environment):
     assert b"Usage: kvrun" in result.stdout and b"\x1b" not in result.stdout
 
 
-def examples(name):
-    lines = (COMMAND.commands[name].help if name else COMMAND.help).split("Examples:")[1].split("Exit codes")[0].splitlines()
-    return [line.strip() for line in lines if "kvrun" in line]
-
-
-@pytest.mark.parametrize("name", ["", *sorted(COMMAND.commands)])
+@pytest.mark.parametrize("name", ["", *sorted(LEAVES)])
 def test_every_example_is_a_command_line_that_parses(name):
-    found = examples(name)
-    assert len(found) >= (3 if name in ("", "run", "chat", "doctor") else 1)
+    text = LEAVES[name].help if name else COMMAND.help
+    found = [line.strip() for line in text.split("Examples:")[1].split("Exit codes")[0].splitlines() if "kvrun" in line]
+    assert len(found) >= 3
     for line in found:
         words = shlex.split(line[line.index("kvrun") :])
         stop = next((i for i, word in enumerate(words) if word in ("|", ">", "&&")), len(words))
-        used, args = words[1], words[2:stop]
+        used = next(leaf for leaf in (" ".join(words[1:3]), words[1]) if leaf in LEAVES)
         assert not name or used == name
-        COMMAND.commands[used].make_context(used, args)  # raises for a wrong option or value; runs nothing
+        # raises for a wrong option or value; runs nothing
+        LEAVES[used].make_context(used, words[1 + len(used.split()) : stop])
 
 
 def test_version(kvrun):

@@ -1,0 +1,290 @@
+"""A chat that people keep open: its commands, its sessions and its screen, on a real pseudo-terminal."""
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+from ..engine.tiny_model import random_model, scripted_model
+from .conftest import KVRUN
+from .terminal import Screen
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A state folder of this test alone, as an environment."""
+    return {"XDG_STATE_HOME": str(tmp_path / "state")}
+
+
+@pytest.fixture
+def chat(environment, state):
+    """chat(folder, *args) -> Screen at its prompt"""
+    opened = []
+
+    def open_(folder, *args, env=None, **size) -> Screen:
+        screen = Screen([*KVRUN, "chat", str(folder), *map(str, args)], environment | state | (env or {}), **({"columns": 110, "rows": 40} | size))
+        opened.append(screen)
+        screen.wait_prompt()
+        return screen
+
+    yield open_
+    for screen in opened:
+        screen.process.close(force=True)
+
+
+def leave(screen):
+    screen.send("/exit\r")
+    assert screen.end() == 0
+
+
+def last_document(state):
+    folder = max((p for p in os.scandir(state["XDG_STATE_HOME"] + "/kvrun/sessions")), key=lambda p: p.stat().st_mtime_ns)
+    return json.loads(open(folder.path + "/session.json").read())["session"]
+
+
+def test_every_command_says_what_it_did(chat, scripted, tmp_path):
+    (tmp_path / "notes.txt").write_text("remember the milk\n")
+    screen = chat(scripted, "-s", "be brief", env={"HOME": str(tmp_path)}, columns=180)
+    screen.ask("/undo", "there is no turn to take back")
+    screen.ask("/regen", "there is no turn yet")
+    screen.ask("/copy", "there is no answer yet")
+    screen.ask("/stats", "no answer yet")
+    shown = screen.ask("hi", "Welt")
+    assert "ctx " in shown.split("\n")[-1] and "kv f16" in shown and "tok/s" in shown
+    screen.ask("/help", "/regen ")
+    screen.ask("/context", "1 turn, system prompt of 8 characters")
+    screen.ask("/stats", "answer 4 tok")
+    screen.ask("/stats maybe", "give on or off")
+    screen.ask("/system", "system prompt: be brief")
+    screen.ask("/system be long", "the system prompt is changed")
+    screen.ask("/set", "max-tokens")
+    screen.ask("/set temp 0.5", "temp            0.5")
+    screen.ask("/set temp hot", "give a number from 0 to 100")
+    screen.ask("/set tmep 1", "did you mean temp?")
+    screen.ask("/think hide", "reasoning: hide")
+    screen.ask("/read ~/notes.txt", "18 bytes, read before your next message")
+    assert "with notes.txt" in screen.display
+    screen.ask("/read ~/absent", "cannot read")
+    screen.ask("/read", "/read needs FILE")
+    screen.ask("what?", "Welt")
+    screen.ask("/context", "remember the milk what?")
+    screen.ask("/copy", "given to the terminal's clipboard")
+    assert b"\x1b]52;c;" + base64.b64encode("Größe,\nWelt".encode()) + b"\x07" in screen.raw
+    screen.ask("/undo 5", "took back 2 turns, 0 turns left")
+    screen.ask("/undo -1", "give a whole number")
+    screen.ask("/nonsense", "no such command")
+    leave(screen)
+
+
+def test_edit_and_regen(chat, scripted, state):
+    screen = chat(scripted)
+    screen.ask("frist", "Welt")
+    screen.ask("/regen", "at temperature 0 the answer is the same")
+    assert screen.display.count("Welt") == 2
+    screen.send("/edit\r")
+    screen.wait(lambda display: re.search(r"^> frist$", display.split("/edit")[-1], re.M))
+    screen.send("\x15first\r")
+    screen.wait(lambda display: display.count("Welt") == 3)
+    screen.wait_prompt()
+    screen.ask("/edit again", "Welt")
+    leave(screen)
+    assert [turn["user"] for turn in last_document(state)["turns"]] == ["again"]
+
+
+def test_regen_draws_another_answer_and_reads_nothing(chat, random_folder):
+    screen = chat(random_folder, "--temp", "1", "--top-k", "50", "--max-tokens", "12", "--seed", "1", "--stats", columns=200)
+    screen.ask("hello", "answer 12 tok")
+    shown = screen.ask("/regen", "answer 12 tok")
+    assert re.search(r"prompt (\d+) tok \((\d+) cached\).*seed 2", shown)
+    total, cached = re.findall(r"prompt (\d+) tok \((\d+) cached\)", shown)[-1]
+    assert int(total) == int(cached) + 1
+
+
+def test_a_chat_goes_on_after_it_was_left(chat, environment, state, random_folder):
+    args = ("--temp", "1", "--top-k", "50", "--max-tokens", "20", "--seed", "3")
+    screen = chat(random_folder, "--session", "both", *args)
+    for message in ("one", "two"):
+        screen.send(message + "\r")
+        screen.wait(lambda display, message=message: re.search(rf"> {message}\n.+\n", display))
+        screen.wait_prompt()
+    leave(screen)
+    both = last_document(state)
+
+    def run(*args, input):
+        return subprocess.run([*KVRUN, "chat", *args], input=input, capture_output=True, env=environment | state, timeout=60)
+
+    # the model, the format, the seed and the settings are the session's own
+    def last_turns():
+        return [turn["said"] for turn in last_document(state)["turns"]]
+
+    run(str(random_folder), *args, "--session", "third", input=b"one\n")
+    assert run("-c", "--max-tokens", "20", input=b"two\n").returncode == 0
+    assert last_turns() == [turn["said"] for turn in both["turns"]]
+
+
+def test_sessions_are_listed_shown_exported_and_removed(environment, state, scripted, tmp_path):
+    def run(*args, input=b""):
+        return subprocess.run([*KVRUN, *map(str, args)], input=input, capture_output=True, env=environment | state, timeout=60)
+
+    assert run("session", "ls").stdout == b"" and json.loads(run("session", "ls", "--json").stdout) == []
+    nothing = run("chat", "-c", input=b"hi\n")
+    assert nothing.returncode == 3 and b"no session to continue" in nothing.stderr
+    assert run("chat", scripted, "--session", "a/b", input=b"hi\n").returncode == 2
+    run("chat", scripted, "--session", "work", "-s", "be brief", input="hi\n/save copy\nhöher\n".encode())
+    assert [row["name"] for row in json.loads(run("session", "ls", "--json").stdout)] == ["copy", "work"]
+    assert b" 2 turns" in run("session", "ls").stdout
+    shown = run("session", "show", "copy")
+    assert shown.returncode == 0 and b"   2  h\xc3\xb6her" in shown.stdout and b"system   be brief" in shown.stdout
+    exported = json.loads(run("session", "export", "work", "--format", "json").stdout)
+    assert exported["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"},
+                                    {"role": "assistant", "content": "Größe,\nWelt"}]
+    assert run("session", "export", "copy", "-o", tmp_path / "copy.md").stdout == b""
+    assert "\n## User\n\nhöher\n\n## Assistant\n\nGröße,\nWelt\n" in (tmp_path / "copy.md").read_text("utf-8")
+    assert run("session", "show", "absent").returncode == 3
+    assert run("session", "rm", "work", "copy").returncode == 0
+    assert run("session", "ls").stdout == b""
+
+
+def test_clear_and_load_lose_nothing(chat, scripted):
+    screen = chat(scripted, "--session", "first")
+    screen.ask("hi", "Welt")
+    screen.ask("/clear", "it stays in session first")
+    screen.ask("/context", "0 turns")
+    screen.ask("/load first", "session first: 1 turn")
+    screen.ask("/context", "1 turn")
+    screen.ask("/load first", "is open here")
+    screen.ask("/load absent", "no session is named absent")
+    screen.ask("/save first", "saved as session first")
+    screen.ask("/save second", "saved as session second")
+    screen.ask("/save first", "there is a session first already")
+
+
+def test_a_second_process_is_refused_a_session(chat, environment, state, scripted):
+    chat(scripted, "--session", "busy").ask("hi", "Welt")
+    other = subprocess.run([*KVRUN, "chat", str(scripted), "--session", "busy"], input=b"hi\n", capture_output=True, env=environment | state)
+    assert other.returncode == 2 and b"open in another process" in other.stderr and other.stderr.count(b"\n") == 1
+
+
+def test_another_format_or_a_damaged_session_is_said(environment, state, scripted):
+    def run(*args, input=b"x\n"):
+        return subprocess.run([*KVRUN, "chat", *map(str, args)], input=input, capture_output=True, env=environment | state, timeout=60)
+
+    run(scripted, "--session", "s")
+    other = run("--session", "s", "--kv", "q8")
+    assert other.returncode == 0 and b"another cache format (f16)" in other.stderr
+    document = f"{state['XDG_STATE_HOME']}/kvrun/sessions/s/session.json"
+    with open(document, "r+b") as file:
+        file.truncate(100)
+    damaged = run(scripted, "--session", "s")
+    assert damaged.returncode == 0 and b"put aside as" in damaged.stderr and damaged.stdout == "Größe,\nWelt\n".encode()
+
+
+def test_the_size_limit_is_kept_aloud(environment, state, scripted):
+    def run(*args):
+        return subprocess.run([*KVRUN, *map(str, args)], input=b"x\n", capture_output=True, env=environment | state, timeout=60)
+
+    run("chat", scripted, "--session", "old")
+    said = run("chat", scripted, "--session", "new", "--session-limit", "0").stderr
+    assert b"the cache of session old, used longest ago, was removed; its conversation stays" in said
+    again = run("chat", scripted, "--session", "old")
+    assert again.returncode == 0 and b"is no longer on disk: its conversation is read again" in again.stderr
+
+
+def test_sigterm_in_an_answer_saves_what_was_said(environment, state, endless):
+    screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000"], environment | state)
+    screen.wait_prompt()
+    screen.send("go\r")
+    screen.wait_for("line 120")
+    os.kill(screen.process.pid, signal.SIGTERM)
+    assert screen.end() == 143
+    turn = last_document(state)["turns"][0]
+    assert turn["user"] == "go" and turn["assistant"].startswith("line 100\nline 101\n") and len(turn["said"]) > 20
+
+
+def test_killed_in_an_answer_the_turns_before_it_are_there(environment, state, endless):
+    screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000", "--max-tokens", "5"], environment | state)
+    screen.wait_prompt()
+    screen.ask("go", "line 104")
+    screen.ask("/set max-tokens none", "max-tokens      none")
+    screen.send("on\r")
+    screen.wait_for("line 130")
+    os.kill(screen.process.pid, signal.SIGKILL)
+    screen.end()
+    result = subprocess.run([*KVRUN, "chat", "-c", "--max-tokens", "2"], input=b"again\n", capture_output=True, env=environment | state, timeout=60)
+    assert result.returncode == 0 and b"1 turn," in result.stderr
+    assert [turn["user"] for turn in last_document(state)["turns"]] == ["go", "again"]
+
+
+def test_reasoning_is_shown_apart_or_hidden(chat, environment, state, tmp_path):
+    thinker = scripted_model(tmp_path / "m", [b"<think>", b"\nhm, ", b"let me see", b"\n</th", b"ink>", b"\n\n", b"Yes", b"!"])
+    screen = chat(thinker)
+    shown = screen.ask("so?", "Yes!")
+    assert re.search(r"> so\?\nhm, let me see\n\nYes!\n", shown) and "think>" not in shown
+    assert b"\x1b[2mhm, \x1b[0m" in screen.raw
+    screen.ask("/think hide", "reasoning: hide")
+    screen.ask("/clear", "forgotten")
+    assert re.search(r"> really\?\nYes!\n", screen.ask("really?", "Yes!"))
+    piped = subprocess.run([*KVRUN, "chat", str(thinker)], input=b"so?\n", capture_output=True, env=environment | state)
+    assert piped.stdout == b"Yes!\n" and piped.stderr.startswith(b"hm, let me see\n")
+
+
+def test_markdown_is_rendered_and_nothing_in_it_executed(chat, tmp_path):
+    folder = scripted_model(tmp_path / "m", [b"# Ti", b"tle\n", b"\n", b"* a **bold** word\n", b"* \x1b]0;evil\x07 [link](http://x.y)\n", b"\n ", b"\ndone"])
+    screen = chat(folder, "--markdown")
+    shown = screen.ask("x", "done")
+    assert "**" not in shown and "• a bold word" in shown and "\\x1b]0;evil" in shown
+    assert b"\x1b]8;" not in screen.raw and screen.screen.title == ""
+
+
+def test_tab_completes_commands_paths_and_settings(chat, scripted, tmp_path):
+    (tmp_path / "a-long-name.txt").write_text("text")
+    screen = chat(scripted)
+    screen.send("/reg\t")
+    screen.wait_for("> /regen")
+    screen.send("\x15/read " + str(tmp_path) + "/a-l\t")
+    screen.wait(lambda display: "a-long-name.txt" in display.replace("\n", ""))
+    screen.send("\x15/set rep\t")
+    screen.wait_for("/set repeat-penalty")
+
+
+def test_a_message_of_several_lines(chat, scripted, state):
+    screen = chat(scripted)
+    screen.send("one\x1b\r")
+    screen.wait_for("> one\n")
+    screen.send("two")
+    screen.wait_for("\n  two")
+    screen.ask("", "Welt")
+    leave(screen)
+    assert last_document(state)["turns"][0]["user"] == "one\ntwo"
+
+
+def test_wide_and_combining_characters_and_a_resize(chat, state, scripted):
+    screen = chat(scripted, columns=60)
+    message = "日本語 " * 12 + "e\u0301 🎉 end"
+    screen.send(message)
+    screen.wait_for("end")
+    screen.process.setwinsize(30, 40)
+    screen.screen.resize(30, 40)
+    screen.wait(lambda display: "end" in display and display.count("日") >= 12)
+    screen.send("\r")
+    screen.wait_for("Welt")
+    screen.wait_prompt()
+    leave(screen)
+    assert last_document(state)["turns"][0]["user"] == message
+
+
+def test_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
+    screen = chat(random_model(tmp_path / "m", 9, layers=6), "-n", "60000", "--device", "reference", "--max-tokens", "3")
+    screen.send("\x1b[200~" + "long " * 9000 + "\x1b[201~")
+    screen.wait_for("long long")
+    screen.send("\r")
+    screen.wait_for("reading: ")
+    screen.send("\x03")
+    screen.wait_for("the message was taken back")
+    screen.wait_prompt()
+    screen.ask("/context", "0 turns")
+    screen.ask("short", "tok/s")
