@@ -80,17 +80,12 @@ def open_engine(files: ModelFiles, *, device: str = "auto", n_ctx: int | str | N
     """An Engine over the model in `files`, with everything allocated.
 
     n_ctx: tokens of context; "max" is what fits; None is the alias' value, else min(trained length, 8192). kv: cache
-    format. max_out: rows of a step that can give logits. weights: "auto", or at most "bf16", "q8", "q4". notify: told what the user must know. Errors: ModelError,
-    OutOfMemoryError, UsageError.
+    format. max_out: rows of a step that can give logits. weights: "auto", or at most "bf16", "q8", "q4". notify: told
+    what the user must know. Errors: ModelError, OutOfMemoryError, UsageError.
     """
     device = choose_device(device, notify)
-    text = _Background(lambda: _load_text(files))
-    try:
-        with Blueprint(files, Shape(device, threads, max_out, prefill_chunk, weights)) as blueprint:
-            return _open(blueprint, text, n_ctx, kv, progress, notify)
-    except BaseException:
-        text._thread.join()  # let it end before its error or result is dropped
-        raise
+    with Blueprint(files, Shape(device, threads, max_out, prefill_chunk, weights)) as blueprint:
+        return _open(blueprint, n_ctx, kv, progress, notify)
 
 
 def _load_text(files: ModelFiles) -> Text:
@@ -99,8 +94,7 @@ def _load_text(files: ModelFiles) -> Text:
     return load_text(files)
 
 
-def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv: str, progress: Progress | None,
-          notify: Callable[[str], None]) -> Engine:
+def _open(blueprint: Blueprint, wanted: int | str | None, kv: str, progress: Progress | None, notify: Callable[[str], None]) -> Engine:
     from kvrun.engine import Engine
 
     n_ctx = blueprint.choose_n_ctx(wanted, kv)
@@ -117,7 +111,13 @@ def _open(blueprint: Blueprint, text: _Background, wanted: int | str | None, kv:
         notify(told)
     check_fits(blueprint.planner(kv), n_ctx, blueprint.available())
     opens = {"reference": _open_reference, "cpu": _open_cpu, "cuda": _open_cuda, "simt": _open_cuda}
-    executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report)
+    # Begun this late, it meets reading the weights, which leaves the interpreter alone, and not the Python before it.
+    text = _Background(lambda: _load_text(blueprint.files))
+    try:
+        executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report)
+    except BaseException:
+        text._thread.join()  # let it end before its error or result is dropped
+        raise
     try:
         return Engine(blueprint.spec, executor, pool.sequence(), text.result(), n_ctx=n_ctx,
                       chunk=min(blueprint.shape.prefill_chunk, n_ctx), pool=pool)

@@ -32,6 +32,8 @@ int64_t source_bytes(int32_t dtype, int64_t k) {  // bytes of one source row; -1
         case KV_GGUF_Q5_0: return k / 32 * 22;
         case KV_GGUF_Q8_0: return k / 32 * 34;
         case KV_GGUF_Q4_K: return k % 256 ? -1 : k / 256 * 144;
+        case KV_GGUF_Q5_K: return k % 256 ? -1 : k / 256 * 176;
+        case KV_GGUF_Q6_K: return k % 256 ? -1 : k / 256 * 210;
         default: return -1;
     }
 }
@@ -86,11 +88,11 @@ void q4_1(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
     nibbles_16(s + 4, to);
 }
 
-// Q4_K: 256 columns share two f16 factors; eight groups of 32 have 6-bit scales and minima packed in 12 bytes.
-// Groups 2i and 2i+1 are the low and the high nibbles of 32 bytes.
-void q4_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
-    const uint8_t *s = row + 144 * (g / 8), *packed = s + 4;
-    int i = (int)(g % 8), scale, min;
+// Q4_K and Q5_K: 256 columns share two f16 factors; eight groups of 32 have 6-bit scales and minima packed in 12 bytes.
+struct Factors { float scale, min; };
+Factors k_factors(const uint8_t *s, int i) {
+    const uint8_t *packed = s + 4;
+    int scale, min;
     if (i < 4) {
         scale = packed[i] & 63;
         min = packed[i + 4] & 63;
@@ -98,8 +100,16 @@ void q4_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
         scale = (packed[i + 4] & 15) | (packed[i - 4] >> 6) << 4;
         min = packed[i + 4] >> 4 | (packed[i] >> 6) << 4;
     }
+    return {f16_to_f32(u16(s)) * scale, -f16_to_f32(u16(s + 2)) * min};
+}
+
+// Groups 2i and 2i+1 are the low and the high nibbles of 32 bytes.
+void q4_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 144 * (g / 8);
+    const int i = (int)(g % 8);
+    const Factors f = k_factors(s, i);
     Q4Lane to{block, lane};
-    to.scale(f32_to_f16(f16_to_f32(u16(s)) * scale), f32_to_f16(-f16_to_f32(u16(s + 2)) * min));
+    to.scale(f32_to_f16(f.scale), f32_to_f16(f.min));
     const uint8_t *q = s + 16 + 32 * (i / 2);
     int shift = 4 * (i % 2);
     for (int j = 0; j < 4; j++) to.word(j, u32(q + 8 * j) >> shift & NIBBLES, u32(q + 8 * j + 4) >> shift & NIBBLES);
@@ -123,6 +133,42 @@ void q5_0(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
         uint32_t bits = (fifth >> 4 * j & 15) * 0x00204081 & ONES;  // bit i to byte i
         to.word(j, low | (bits ^ ONES) * 0xf0);                     // q - 16 has its high nibble set where the bit is 0
     }
+}
+
+void floats_to_q8(const float *x, uint8_t *block, int lane) {
+    int8_t q[KV_GROUP];
+    uint16_t scale;
+    quantize_q8(x, &scale, q);
+    Q8Lane to{block, lane};
+    to.scale(scale);
+    for (int j = 0; j < 8; j++) to.word(j, u32((const uint8_t *)q + 4 * j));
+}
+
+// Q5_K: as Q4_K, and bit i of byte c of 32 more is the fifth bit of column c of group i.
+void q5_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 176 * (g / 8), *fifth = s + 16;
+    const int i = (int)(g % 8), shift = 4 * (i % 2);
+    const uint8_t *q = s + 48 + 32 * (i / 2);
+    const Factors f = k_factors(s, i);
+    float x[KV_GROUP];
+    for (int c = 0; c < KV_GROUP; c++) x[c] = f.scale * ((q[c] >> shift & 15) | (fifth[c] >> i & 1) << 4) + f.min;
+    floats_to_q8(x, block, lane);
+}
+
+// Q6_K: value = d*scale*(q - 32), an int8 scale for 16 columns. Of 128 columns, the four groups of 32 have their lower
+// bits in the low nibbles of bytes 0..31 and 32..63, then in the high ones, and their upper two in 32 bytes more.
+void q6_k(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 210 * (g / 8);
+    const int half = (int)(g % 8 / 4), i = (int)(g % 4);
+    const uint8_t *low = s + 64 * half + 32 * (i % 2), *high = s + 128 + 32 * half;
+    const int8_t *scale = (const int8_t *)s + 192 + 8 * half + 2 * i;
+    const float d = f16_to_f32(u16(s + 208));
+    float x[KV_GROUP];
+    for (int c = 0; c < KV_GROUP; c++) {
+        const int q = (low[c] >> (i / 2 * 4) & 15) | (high[c] >> 2 * i & 3) << 4;
+        x[c] = d * scale[c / 16] * (q - 32);
+    }
+    floats_to_q8(x, block, lane);
 }
 
 using GroupPacker = void (*)(const uint8_t *row, int64_t group, uint8_t *block, int lane);
@@ -172,13 +218,8 @@ template <int SRC> FloatPacker float_packer(int32_t dtype) {
 // A group of 32 columns of one float row, quantized into its lane.
 template <int SRC> void to_q8(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
     float x[KV_GROUP];
-    int8_t q[KV_GROUP];
-    uint16_t scale;
     for (int c = 0; c < KV_GROUP; c++) x[c] = as_f32<SRC>(row, g * KV_GROUP + c);
-    quantize_q8(x, &scale, q);
-    Q8Lane to{block, lane};
-    to.scale(scale);
-    for (int j = 0; j < 8; j++) to.word(j, u32((const uint8_t *)q + 4 * j));
+    floats_to_q8(x, block, lane);
 }
 
 template <int SRC> void to_q4(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
@@ -214,7 +255,7 @@ bool accepts(int32_t dtype, int32_t src_dtype) {
     switch (src_dtype) {
         case KV_F32: case KV_F16: case KV_BF16: return true;
         case KV_GGUF_Q4_0: case KV_GGUF_Q4_1: case KV_GGUF_Q4_K: return dtype == KV_Q4;
-        case KV_GGUF_Q5_0: case KV_GGUF_Q8_0: return dtype == KV_Q8;
+        case KV_GGUF_Q5_0: case KV_GGUF_Q8_0: case KV_GGUF_Q5_K: case KV_GGUF_Q6_K: return dtype == KV_Q8;
         default: return false;
     }
 }
@@ -264,6 +305,8 @@ EXPORT int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const v
             case KV_GGUF_Q4_0: pack_groups<q4_0>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q4_1: pack_groups<q4_1>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q4_K: pack_groups<q4_k>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q5_K: pack_groups<q5_k>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q6_K: pack_groups<q6_k>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q5_0: pack_groups<q5_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q8_0: pack_groups<q8_0>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_F32: pack_from_floats<KV_F32>(dst->dtype, block, k, from, row_bytes, lane, count); break;

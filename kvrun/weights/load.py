@@ -15,8 +15,10 @@ from kvrun.errors import ModelError, UsageError
 from kvrun.models.spec import TensorRef
 from kvrun.weights.source import RawTensor, TensorSource
 
-# What each stored kind becomes in memory without losing anything but a rounded scale (kv_pack in kernels/kvrun.h).
-_PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8"}
+# What each stored kind becomes in memory: nothing is lost but a rounded scale, and a little of Q5_K and Q6_K (kv_pack in
+# kernels/kvrun.h).
+_PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8",
+           "q5_k": "q8", "q6_k": "q8"}
 # Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized and become this; so do matrices whose
 # parts are quantized differently.
 _REQUANTIZED = "q8"

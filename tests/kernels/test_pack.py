@@ -7,7 +7,8 @@ from gguf.quants import dequantize
 
 from kvrun.backends.native import DTYPES, ffi, lib
 
-GGUF = {"q4_0": ("q4", 32, 18), "q4_1": ("q4", 32, 20), "q4_k": ("q4", 256, 144), "q5_0": ("q8", 32, 22), "q8_0": ("q8", 32, 34)}
+GGUF = {"q4_0": ("q4", 32, 18), "q4_1": ("q4", 32, 20), "q4_k": ("q4", 256, 144), "q5_0": ("q8", 32, 22), "q8_0": ("q8", 32, 34),
+        "q5_k": ("q8", 256, 176), "q6_k": ("q8", 256, 210)}
 FLOATS = ("f32", "f16", "bf16")
 
 
@@ -40,9 +41,10 @@ def gguf_rows(rng: np.random.Generator, kind: str, rows: int, k: int) -> np.ndar
     """uint8 [rows][bytes]: random blocks with every digit and finite factors, subnormal ones among them."""
     _, columns, size = GGUF[kind]
     blocks = rng.integers(0, 256, (rows, k // columns, size), dtype=np.uint8)
-    factors = 2 if kind in ("q4_1", "q4_k") else 1
+    factors = 2 if kind in ("q4_1", "q4_k", "q5_k") else 1
     scales = rng.standard_normal((rows, k // columns, factors)) * 10.0 ** rng.uniform(-6, 1, (rows, k // columns, 1))
-    blocks[:, :, : 2 * factors] = scales.astype(np.float16).view(np.uint8).reshape(rows, k // columns, -1)
+    where = slice(-2, None) if kind == "q6_k" else slice(0, 2 * factors)
+    blocks[:, :, where] = scales.astype(np.float16).view(np.uint8).reshape(rows, k // columns, -1)
     return blocks.reshape(rows, -1)
 
 
@@ -143,6 +145,11 @@ def test_gguf_values(rng, kind, n):
     packed = Packed(GGUF[kind][0], n, k)
     assert packed.pack(rows, kind) == lib.KV_OK
     got = packed.unpack()
+    if kind in ("q5_k", "q6_k"):                                 # a new scale, rounded to float16, and the nearest digit
+        groups = np.abs(expected).reshape(n, k // 32, 32).max(axis=2).astype(np.float64)
+        error = np.abs(got.astype(np.float64) - expected).reshape(n, k // 32, 32).max(axis=2)
+        assert (error <= groups / 253 + 127 * 2.0**-25).all()
+        return
     if kind != "q4_k":
         # Exact, but for -8*scale of a q4_0 scale beyond float16's range; none here is.
         np.testing.assert_array_equal(got, expected)
