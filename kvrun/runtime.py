@@ -114,7 +114,7 @@ def _open(blueprint: Blueprint, wanted: int | str | None, kv: str, progress: Pro
     # Begun this late, it meets reading the weights, which leaves the interpreter alone, and not the Python before it.
     text = _Background(lambda: _load_text(blueprint.files))
     try:
-        executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report)
+        executor, pool = opens[blueprint.shape.device](blueprint, plan, n_ctx, kv, report, notify)
     except BaseException:
         text._thread.join()  # let it end before its error or result is dropped
         raise
@@ -133,20 +133,22 @@ def make_pool(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str) -> Pool:
     return Pool(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=blueprint.formats(kv))
 
 
-def _open_reference(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+def _open_reference(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None],
+                    notify: Callable[[str], None]) -> tuple[Executor, Pool]:
     from kvrun.backends.reference import ReferenceExecutor
 
     pool = make_pool(blueprint, plan, n_ctx, kv)
     return ReferenceExecutor(plan, blueprint.source, blueprint.refs, pool), pool
 
 
-def _open_cpu(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+def _open_cpu(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None],
+              notify: Callable[[str], None]) -> tuple[Executor, Pool]:
     from kvrun.backends.cpu import CpuExecutor
     from kvrun.weights.loaded import LoadedWeights
 
     cache = _Background(lambda: make_pool(blueprint, plan, n_ctx, kv))  # clearing its memory goes on beside reading the weights
     try:
-        weights = LoadedWeights.read(blueprint.packed, plan, blueprint.source, blueprint.refs, blueprint.threads, report)
+        weights = LoadedWeights.read(blueprint.packed, plan, blueprint.source, blueprint.refs, blueprint.threads, report, notify)
     except BaseException:
         cache.result().close()
         raise
@@ -154,7 +156,8 @@ def _open_cpu(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Cal
     return CpuExecutor(plan, weights.matrices, weights.vectors, pool, threads=blueprint.threads, owned=(weights,)), pool
 
 
-def _open_cuda(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None]) -> tuple[Executor, Pool]:
+def _open_cuda(blueprint: Blueprint, plan: Plan, n_ctx: int, kv: str, report: Callable[[int, int], None],
+               notify: Callable[[str], None]) -> tuple[Executor, Pool]:
     from kvrun.backends.cuda import open_device
     from kvrun.backends.cuda_executor import CudaExecutor
     from kvrun.cache.pool import Pool

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvrun.errors import ModelError
 from kvrun.hub.folder import read_json
-from kvrun.weights.blob import open_file, read_bytes, read_into, refuse_lfs_pointer
+from kvrun.weights.blob import fingerprint, open_file, read_bytes, read_into, refuse_lfs_pointer
 from kvrun.weights.source import RawTensor
 
 _DTYPES = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2)}
@@ -74,6 +74,14 @@ class FolderSource:
         data = np.empty(prod(shape) * width, np.uint8)
         read_into(entry.fd, data, entry.offset + start * row, entry.path, self.repair)
         return RawTensor(name, dtype, shape, data)
+
+    @property
+    def path(self) -> Path:
+        return self.folder
+
+    def fingerprint(self) -> tuple:
+        shards = sorted({(entry.path.name, entry.fd) for entry in self._tensors.values()})
+        return tuple((name, *fingerprint(fd, self.folder / name)) for name, fd in shards)
 
     def close(self) -> None:
         while self._fds:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 
 from kvrun.errors import ModelError
-from kvrun.weights.blob import read_into
+from kvrun.weights.blob import fingerprint, read_into
 from kvrun.weights.gguf_file import GgufFile, GgufTensor
 from kvrun.weights.source import DTYPES, RawTensor
 
@@ -65,6 +66,13 @@ class GgufSource:
             self._fill(t, first, data)
             return RawTensor(name, t.dtype, shape, data)
         return RawTensor(name, "f32", shape, self._dequantize(t, first, count).view(np.uint8))
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def fingerprint(self) -> tuple:
+        return fingerprint(self._fd, self.file.path)
 
     def close(self) -> None:
         if self._open:

@@ -76,6 +76,12 @@ def layout_as(plan: Plan, dtype_of: Callable[[Weight], str]) -> list[PackedWeigh
     return packed
 
 
+def requantizes(item: PackedWeight, source: TensorSource, refs: Mapping[str, TensorRef]) -> bool:
+    """Whether packing computes digits anew, and does not only move the file's."""
+    kinds = {source.info(refs[part].name)[0] for part in item.weight.parts}
+    return item.dtype in ("q8", "q4") and any(_PACKED[kind] != item.dtype for kind in kinds)
+
+
 def weight_bytes(packed: list[PackedWeight]) -> int:
     """Bytes of the arena that holds `packed`."""
     return sum(aligned(p.n_bytes) for p in packed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvrun.backends.plan import Plan
 from kvrun.errors import ModelError
 from kvrun.models.spec import TensorRef
 from kvrun.weights import load
+from kvrun.weights.kept import KeptWeights
 from kvrun.weights.load import PackedWeight, Progress
 from kvrun.weights.source import TensorSource
 
@@ -40,10 +41,16 @@ class LoadedWeights:
 
     @classmethod
     def read(cls, packed: list[PackedWeight], plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef],
-             threads: int, progress: Progress | None = None) -> Self:
-        """Reads and packs a model's weights, `threads` slices at a time."""
+             threads: int, progress: Progress | None = None, notify: Callable[[str], None] | None = None) -> Self:
+        """Reads and packs a model's weights, `threads` slices at a time. What is quantized here is kept on disk and read
+        from there the next time; notify: told where that cannot be."""
         arena = Arena(load.weight_bytes(packed), "the weights")
-        load.pack(packed, arena, source, refs, threads, progress)
+        kept = KeptWeights.of(packed, source, refs)
+        if kept is None or not kept.read(arena, threads, progress):
+            load.pack(packed, arena, source, refs, threads, progress)
+            problem = kept.write(arena) if kept else None
+            if problem and notify:
+                notify(problem)
         return cls(packed, arena, {v.name: load.read_vector(v, source, refs) for v in plan.vectors})
 
     @classmethod

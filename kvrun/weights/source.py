@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 DTYPES = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q5_k", "q6_k")
@@ -38,6 +39,13 @@ class TensorSource(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> RawTensor:
         """Rows [start, stop) of the tensor (of its first dimension)."""
+
+    def fingerprint(self) -> tuple:
+        """What tells the content of the files from any other, without reading all of them."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file."""
 
     def close(self) -> None:
         """Closes the files."""

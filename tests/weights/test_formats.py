@@ -65,6 +65,11 @@ def held(source, weights: str, *names: str) -> tuple[str, np.ndarray]:
     return dtype, out
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVRUN_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def source(draw, write_gguf):
     path = write_gguf({}, {kind: stored(draw, kind, 48) for kind in STORED})
