@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvrun.errors import UsageError
 
@@ -69,7 +69,7 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
     return CudaStatus(True, library, True, driver, tuple(devices), "" if devices else reason)
 
 
-def open_library(path: Path = LIBRARY) -> object:
+def open_library(path: Path = LIBRARY) -> Any:
     """The library with kv_cuda_step. UsageError when it cannot be loaded or speaks another interface."""
     try:
         from kvrun.backends._abi import ffi
@@ -109,7 +109,7 @@ def require() -> CudaStatus:
     return status
 
 
-def library_of(device: str) -> object:
+def library_of(device: str) -> Any:
     """The library that plans are sized with on `device`, cuda or simt."""
     if device == "simt":
         from kvrun.backends.simt import SimtDevice

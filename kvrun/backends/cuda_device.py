@@ -4,7 +4,7 @@ library's; see kernels/kvrun.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,10 +13,16 @@ from kvrun.errors import KvrunError
 
 
 class Memory(Protocol):
-    """Device memory. address: where it starts, a multiple of 256."""
+    """Device memory. address: where it starts, a multiple of 64 at least."""
 
-    address: int
     n_bytes: int
+
+    @property
+    def address(self) -> int:
+        """Where it starts, on the device."""
+
+    def floats(self, offset: int, *shape: int) -> Any:
+        """A torch view, float32, from byte `offset`."""
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -26,7 +32,7 @@ class Device(Protocol):
     """A device with one stream, on which everything runs in order."""
 
     name: str
-    lib: object
+    lib: Any
     stream: int
 
     def allocate(self, n_bytes: int, purpose: str) -> Memory:
@@ -35,16 +41,16 @@ class Device(Protocol):
     def pinned(self, n_bytes: int) -> np.ndarray:
         """uint8 [n_bytes] of host memory that copies need not wait for."""
 
-    def mark(self) -> object:
+    def mark(self) -> Any:
         """Something to wait for: all work that the stream has been given."""
 
-    def wait(self, mark: object) -> None:
+    def wait(self, mark: Any) -> None:
         """Returns when the marked work is done."""
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """A call that repeats what `work` launches, at less cost. `work` ran before at least once; it may run now."""
 
-    def fill(self, memory: Memory, offset: int, data: np.ndarray) -> None:
+    def fill(self, memory: Any, offset: int, data: np.ndarray) -> None:
         """Copies uint8 `data` of the host into the memory; `data` may change afterwards."""
 
     def product(self) -> Callable[..., None] | None:
@@ -54,7 +60,7 @@ class Device(Protocol):
         """Ends the stream."""
 
 
-def check(lib: object, status: int) -> None:
+def check(lib: Any, status: int) -> None:
     """KvrunError with the library's own words for what it refused."""
     if status:
         raise KvrunError(f"the CUDA kernels failed: {ffi.string(lib.kv_cuda_error()).decode()}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def _aligned(n_bytes: int) -> int:
 class WorkLayout:
     """Where everything but weights and cache lies in the executor's one allocation, in bytes."""
 
-    def __init__(self, plan: Plan, cuda: object, *, max_pages: int, kv: tuple[str, str]) -> None:
+    def __init__(self, plan: Plan, cuda: Any, *, max_pages: int, kv: tuple[str, str]) -> None:
         """cuda: a library with kv_cuda_scratch. UsageError for a shape or format that it has no kernel for."""
         self.plan, self.max_pages = plan, max_pages
         self._end = 0
@@ -69,12 +69,12 @@ def tables_of(plan: Plan) -> list[Table]:
     return list(found.values())
 
 
-def bounds_of(rows: int, out: int, pages: int, prefill: bool) -> object:
+def bounds_of(rows: int, out: int, pages: int, prefill: bool) -> Any:
     """kv_cuda_bounds of one sequence."""
     return ffi.new("kv_cuda_bounds *", {"max_rows": rows, "max_out": out, "max_pages": pages, "max_seqs": 1, "prefill": prefill})
 
 
-def work_bytes(plan: Plan, cuda: object, *, max_pages: int, kv: tuple[str, str], products: bool) -> int:
+def work_bytes(plan: Plan, cuda: Any, *, max_pages: int, kv: tuple[str, str], products: bool) -> int:
     """Bytes of activations, parameters, state and scratch. products: with those of torch's matrix products."""
     return WorkLayout(plan, cuda, max_pages=max_pages, kv=kv).n_bytes + (cuda_product.work_bytes(plan) if products else 0)
 
@@ -84,7 +84,7 @@ class _Run:
     """A step that the device has been given. tables: the page tables that it reads."""
 
     turn: int
-    mark: object
+    mark: Any
     position: int
     sampler: Sampler | None
     tables: list[tuple[bytes, bytes]]
@@ -236,18 +236,18 @@ class CudaExecutor:
                     start = i + 1
         self._launch(ops, start, len(self.plan.ops), bounds)
 
-    def _multiply(self, op: object, fields: dict, turn: int, rows: int) -> None:
+    def _multiply(self, op: Any, fields: dict[str, Any], turn: int, rows: int) -> None:
         x, out = (self._floats(fields[name], turn, rows) for name in ("x", "out"))
         bias = fields["bias"]
         if bias is not None:
             bias = self._work.floats(self._layout.vectors[bias.name], bias.dim)
         self._product(op.w, x, out, bias, scale=op.scale, softcap=op.softcap, accumulate=bool(op.accumulate))
 
-    def _floats(self, buffer: Buffer, turn: int, rows: int) -> object:
+    def _floats(self, buffer: Buffer, turn: int, rows: int) -> Any:
         at = self._layout.logits[turn] if buffer == self.plan.logits else self._layout.buffers[buffer.name]
         return self._work.floats(at, rows, buffer.dim)
 
-    def _launch(self, ops: object, start: int, stop: int, bounds: object) -> None:
+    def _launch(self, ops: Any, start: int, stop: int, bounds: object) -> None:
         if start < stop:
             scratch = ffi.cast("void *", self._work.address + self._layout.scratch)
             check(self._lib, self._lib.kv_cuda_step(ops + start, stop - start, bounds, self._state, scratch, self._device.stream))

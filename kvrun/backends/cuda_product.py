@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kvrun.backends.cuda_device import check
 from kvrun.backends.native import DTYPES, ffi
 from kvrun.backends.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_ROWS = 16
 """With fewer rows the library's own kernel is used, which reads the packed weights only once in so many rows."""
@@ -32,10 +37,10 @@ class Product:
     the same, sums are float32.
     """
 
-    def __init__(self, lib: object, stream: int) -> None:
+    def __init__(self, lib: Any, stream: int) -> None:
         self._lib, self._stream = lib, stream
 
-    def __call__(self, weight: object, x, out, bias, *, scale: float, softcap: float, accumulate: bool) -> None:
+    def __call__(self, weight: Any, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, *, scale: float, softcap: float, accumulate: bool) -> None:
         """weight: kv_weight. x: [rows][k]. out: [rows][n]. bias: [n] or None. The rest is that of kv_op_linear."""
         import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,10 @@ class StateBlock:
         host[:] = 0
         base = host.ctypes.data
 
-        def here(name: str, kind: str) -> object:
+        def here(name: str, kind: str) -> Any:
             return ffi.cast(kind, base + at[name])
 
-        def there(name: str, kind: str = "int32_t *", plus: int = 0) -> object:
+        def there(name: str, kind: str = "int32_t *", plus: int = 0) -> Any:
             return ffi.cast(kind, address + at[name] + plus)
 
         self.state = state = here("state", "kv_state *")

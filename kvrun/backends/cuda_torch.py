@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class TorchMemory:
     def __init__(self, n_bytes: int, purpose: str, device: torch.device) -> None:
         self.n_bytes = n_bytes
         try:
-            self._bytes: torch.Tensor | None = torch.zeros(max(n_bytes, 1), dtype=torch.uint8, device=device)
+            self._bytes = torch.zeros(max(n_bytes, 1), dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             free = torch.cuda.mem_get_info(device)[0]
             raise OutOfMemoryError(f"no GPU memory for {purpose} ({n_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free); "
@@ -35,8 +36,8 @@ class TorchMemory:
         return self._bytes[offset : offset + 4 * n].view(torch.float32).view(shape)
 
     def close(self) -> None:
-        """See Memory."""
-        self._bytes = None
+        """See Memory. Idempotent."""
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
 
 class TorchDevice:
@@ -107,7 +108,7 @@ class TorchDevice:
         """See Device."""
         product = Product(self.lib, self.stream)
 
-        def on_stream(*args: object, **settings: object) -> None:
+        def on_stream(*args: Any, **settings: Any) -> None:
             with torch.cuda.stream(self._stream):
                 product(*args, **settings)
 

@@ -17,15 +17,21 @@ def sources() -> list[Path]:
     return [*kernels, KERNELS / "cuda/step.cpp", KERNELS / "simt/simt.cpp"]
 
 
-def build(cxx: str, folder: Path, extra: list[str] = []) -> Path:  # noqa: B006 - only read
-    """libkvrun_simt.so in `folder`, two sources at a time. CalledProcessError where a source does not compile."""
+def build(cxx: str, folder: Path, extra: list[str] = [], changed: dict[str, str] = {}) -> Path:  # noqa: B006 - only read
+    """libkvrun_simt.so in `folder`, two sources at a time; what is there already is not compiled again. changed: file name of
+    a source -> its text, compiled in its place. CalledProcessError where a source does not compile."""
     def compile_one(source: Path) -> str:
         target = folder / (source.name + ".o")
-        subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        if source.name in changed:
+            source, target = source.with_name(f"{target.stem}.changed.cu"), folder / f"{target.stem}.changed.o"
+            text = ["-I", str(source.parent), "-"]
+            subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", *text, "-o", str(target)], check=True, text=True, input=changed[target.name[:-10]])
+        elif not target.exists():
+            subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources()))
-    library = folder / "libkvrun_simt.so"
+    library = folder / ("changed.so" if changed else "libkvrun_simt.so")
     subprocess.run([cxx, "-shared", *extra, *objects, "-o", str(library)], check=True)
     return library

@@ -5,7 +5,6 @@ import pytest
 
 from kvrun.backends import simt
 from kvrun.backends.batch import Batch, PageTable, Sampler
-from kvrun.backends.cuda_executor import CudaExecutor
 from kvrun.backends.cuda_state import StateBlock
 from kvrun.backends.native import ffi
 from kvrun.engine.events import Token
