@@ -24,6 +24,12 @@ class Memory(Protocol):
     def floats(self, offset: int, *shape: int) -> Any:
         """A torch view, float32, from byte `offset`."""
 
+    def read(self, offset: int, n_bytes: int) -> np.ndarray:
+        """uint8 [n_bytes] from byte `offset`, a copy, after all work that was given to the device."""
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Copies uint8 `data` to byte `offset`, after all work that was given to the device."""
+
     def close(self) -> None:
         """Gives the memory back."""
 

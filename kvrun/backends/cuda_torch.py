@@ -35,6 +35,17 @@ class TorchMemory:
         n = int(np.prod(shape))
         return self._bytes[offset : offset + 4 * n].view(torch.float32).view(shape)
 
+    def read(self, offset: int, n_bytes: int) -> np.ndarray:
+        """See Memory."""
+        torch.cuda.synchronize(self._bytes.device)
+        return self._bytes[offset : offset + n_bytes].cpu().numpy()
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """See Memory."""
+        torch.cuda.synchronize(self._bytes.device)
+        self._bytes[offset : offset + data.size].copy_(torch.from_numpy(np.ascontiguousarray(data)))
+        torch.cuda.synchronize(self._bytes.device)
+
     def close(self) -> None:
         """See Memory. Idempotent."""
         self._bytes = torch.empty(0, dtype=torch.uint8)

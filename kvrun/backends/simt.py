@@ -16,15 +16,31 @@ LIBRARY = Path(__file__).with_name("libkvrun_simt.so")
 """Built by cmake -DKVRUN_SIMT=ON and by the tests, which put their own here."""
 
 
-class HostMemory(Arena):
-    """Host memory as a device's."""
+class HostMemory:
+    """Host memory as a device's: seen through its address, and by copies."""
+
+    def __init__(self, n_bytes: int, purpose: str) -> None:
+        self._arena = Arena(n_bytes, purpose)
+        self.n_bytes, self.address = n_bytes, self._arena.address
+
+    def read(self, offset: int, n_bytes: int) -> np.ndarray:
+        """See kvrun.backends.cuda_device.Memory."""
+        return self._arena.bytes[offset : offset + n_bytes].copy()
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """See Memory."""
+        self._arena.bytes[offset : offset + data.size] = data.reshape(-1)
+
+    def close(self) -> None:
+        """See Memory."""
+        self._arena.close()
 
     def floats(self, offset: int, *shape: int) -> object:
         """A torch view, float32."""
         import torch
 
         n = int(np.prod(shape))
-        return torch.from_numpy(self.bytes[offset : offset + 4 * n].view(np.float32).reshape(shape))
+        return torch.from_numpy(self._arena.bytes[offset : offset + 4 * n].view(np.float32).reshape(shape))
 
 
 class SimtDevice:
@@ -61,7 +77,7 @@ class SimtDevice:
 
     def fill(self, memory: HostMemory, offset: int, data: np.ndarray) -> None:
         """See Device."""
-        memory.bytes[offset : offset + data.size] = data.reshape(-1)
+        memory.write(offset, data)
 
     def product(self) -> Callable[..., None] | None:
         """See Device."""

@@ -46,6 +46,15 @@ class GroupMemory:
     v_offset = property(lambda self: self.layout.v_offset)
     side_stride = property(lambda self: self.layout.side_stride)
 
+    def read(self, offset: int, n_bytes: int) -> np.ndarray:
+        """uint8 [n_bytes] from byte `offset`: a view, of a device's memory a copy."""
+        return self._arena.bytes[offset : offset + n_bytes] if self.memory is not None else self._arena.read(offset, n_bytes)
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        """Puts what read() gave back to where it was from."""
+        if self.memory is None:
+            self._arena.write(offset, data)
+
     def close(self) -> None:
         """Gives the memory back."""
         self.memory = self.side = None
@@ -80,9 +89,22 @@ class Pool:
         return Sequence(self.plan_groups, self._free, self.n_ctx, whole_pages=self.whole_pages)
 
     def page(self, group: int, page: int) -> np.ndarray:
-        """The bytes of one page as they lie: uint8 [page_stride], a view."""
+        """The bytes of one page as they lie: uint8 [page_stride], a view; of a device's memory a copy."""
         stride = self.groups[group].page_stride
-        return self.groups[group].memory[page * stride : (page + 1) * stride]
+        return self.groups[group].read(page * stride, stride)
+
+    def put_page(self, group: int, page: int, data: np.ndarray) -> None:
+        """Makes `data`, which page() gave and the caller has filled, the bytes of the page."""
+        self.groups[group].write(page * self.groups[group].page_stride, data)
+
+    def sides(self) -> list[np.ndarray]:
+        """The side memory of each group that has one, as page() gives pages."""
+        return [g.read(g.layout.page_bytes, g.layout.side_bytes) for g in self.groups if g.side_stride]
+
+    def put_sides(self, data: list[np.ndarray]) -> None:
+        """As put_page, of what sides() gave."""
+        for group, part in zip((g for g in self.groups if g.side_stride), data, strict=True):
+            group.write(group.layout.page_bytes, part)
 
     def close(self) -> None:
         """Gives the memory back."""

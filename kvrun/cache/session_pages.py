@@ -146,11 +146,8 @@ class PageArchive:
             self.saved[group, base] = SavedPage(self._put(self._pool.page(group, page)), rows)
 
     def _write_side(self) -> str | None:
-        side = self._side()
+        side = self._pool.sides()
         return self._put(np.concatenate(side)) if side else None
-
-    def _side(self) -> list[np.ndarray]:
-        return [g.side for g in self._pool.groups if g.side_stride]
 
     def _put(self, data: np.ndarray) -> str:
         name, new = write_array(self.folder, data)
@@ -171,15 +168,18 @@ class PageArchive:
             saved = self.saved.get((group, base))
             if saved is None or saved.rows < min(PAGE, mark.state.length - base):
                 raise DamagedPageError(f"{self.folder}: the page of position {base} is not here")
-            work.append((saved.file, self._pool.page(group, page)))
+            work.append((saved.file, group, page, self._pool.page(group, page)))
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as threads:  # hashing costs more than reading
-            list(threads.map(lambda job: read_array(self.folder, *job), work))
-        side = self._side()
+            list(threads.map(lambda job: read_array(self.folder, job[0], job[3]), work))
+        for _, group, page, data in work:
+            self._pool.put_page(group, page, data)
+        side = self._pool.sides()
         if side:
             whole = np.empty(sum(map(len, side)), np.uint8)
             read_array(self.folder, mark.side or "none", whole)
             for part in side:
                 part[:], whole = whole[: len(part)], whole[len(part) :]
+            self._pool.put_sides(side)
 
     # ---- files ----
 

@@ -157,6 +157,26 @@ def test_another_row_than_the_one_that_ran_ahead(open_tiny, rng):
     assert engine.executor.appended == plain.executor.appended
 
 
+@pytest.mark.parametrize("kv", ["q8", "q4"])
+def test_a_chat_is_saved_and_resumed(open_tiny, tmp_path, kv):
+    """Pages and side memory go from the device to the disk and back."""
+    from kvrun.cache.session import SessionStore
+
+    from ..engine.test_saved import Chat
+
+    store, folder, n_ctx = SessionStore(tmp_path / "sessions"), tmp_path / "tiny-1-32-0", 256
+    unbroken, first = (Chat(open_tiny("simt", kv, n_ctx=n_ctx), folder, store, name) for name in ("unbroken", "s"))
+    said = [unbroken.turn("long " * 20, n=24).ids, unbroken.turn("on", n=8).ids]
+    assert first.turn("long " * 20, n=24).ids == said[0]
+    first.close()
+    resumed = Chat(open_tiny("simt", kv, n_ctx=n_ctx), folder, store)
+    answer = resumed.turn("on", n=8)
+    assert answer.ids == said[1] and resumed.told == []
+    assert answer.stop.stats.cached_tokens > 120
+    unbroken.close()
+    resumed.close()
+
+
 def test_not_finite_weights_are_told(tmp_path, rng, open_tiny):
     from safetensors.numpy import load_file, save_file
 

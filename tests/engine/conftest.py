@@ -14,7 +14,10 @@ def _devices() -> list[str]:
         import kvrun.backends.native  # noqa: F401
     except Exception:  # noqa: BLE001 - not built: the reference stands alone
         return ["reference"]
-    return ["reference", "cpu"]
+    from kvrun.backends.cuda import probe, why_not
+
+    status = probe()
+    return ["reference", "cpu", *(["cuda"] if status.devices and not why_not(status) else [])]
 
 
 @pytest.fixture(params=_devices(), scope="module")

@@ -1,0 +1,79 @@
+"""A model of random weights on the GPU, and caches over it that are as deep as asked for without being computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from kvrun.backends.batch import Batch, Sampler
+from kvrun.backends.cuda import open_device
+from kvrun.backends.cuda_executor import CudaExecutor
+from kvrun.blueprint import Blueprint, Shape
+from kvrun.cache.pool import Pool
+from kvrun.hub import resolve
+from kvrun.weights.on_device import DeviceWeights
+
+
+class Opened:
+    """Weights of one shape and format."""
+
+    def __init__(self, folder: Path, weights: str, n_ctx: int, chunk: int, device: str = "cuda") -> None:
+        self.blueprint = Blueprint(resolve(str(folder), weights=False), Shape(device, None, 1, chunk, weights))
+        self.plan = self.blueprint.plan(n_ctx)
+        self.n_ctx = n_ctx
+        self.device = open_device(device)
+        self.weights = DeviceWeights.random(self.blueprint.packed, self.plan, self.device)
+
+    def track(self, kv: str) -> Track:
+        """A cache of n_ctx tokens."""
+        pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=self.plan.max_rows, kv=self.blueprint.formats(kv), allocate=self.device.allocate)
+        return Track(CudaExecutor(self.plan, self.weights.matrices, self.weights.vectors, pool, self.device), pool)
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self.weights.close()
+        self.device.close()
+        self.blueprint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Track:
+    """An executor over one cache. What lies below the depth that was jumped to is zeros: time does not depend on it."""
+
+    def __init__(self, executor: CudaExecutor, pool: Pool) -> None:
+        self.executor, self.sequence = executor, pool.sequence()
+        self._token = 1
+
+    def jump(self, depth: int) -> None:
+        """Makes the cache hold `depth` tokens."""
+        self.sequence.clear()
+        while self.sequence.length < depth:
+            self.sequence.extend(self.sequence.most_rows(depth - self.sequence.length))
+
+    def prefill(self, n: int) -> None:
+        """Computes n prompt rows, the last of which gives a token."""
+        chunk = self.executor.plan.max_rows
+        while n:
+            rows = self.sequence.most_rows(min(chunk, n))
+            n -= rows
+            self._step([i % 1000 for i in range(rows)], prefill=True, out=n == 0)
+
+    def decode(self) -> int:
+        """One token, drawn greedily."""
+        self._token = self._step([self._token], prefill=False, out=True)[0]
+        return self._token
+
+    def _step(self, tokens: list[int], *, prefill: bool, out: bool) -> list[int]:
+        first = self.sequence.length
+        self.sequence.extend(len(tokens))
+        return self.executor.step(Batch(tokens, list(range(first, first + len(tokens))), [[t] for t in self.sequence.tables()], prefill,
+                                        out_rows=[len(tokens) - 1] if out else [], sampler=Sampler() if out else None))
+
+    def close(self) -> None:
+        """Gives the cache back."""
+        self.executor.close()

@@ -1,0 +1,23 @@
+"""A prompt and a few tokens of a tiny random model in every cache format: what compute-sanitizer looks at."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from opened import Opened
+from shapes import write
+
+
+def main(device: str) -> None:
+    """Across the border of a page, so that one is quantized."""
+    with tempfile.TemporaryDirectory() as folder:
+        for weights, kv in (("bf16", "f16"), ("q8", "q8"), ("q4", "q4")):
+            with Opened(write("tiny", Path(folder)), weights, 256, 128, device) as opened:
+                track = opened.track(kv)
+                track.prefill(126)
+                print(weights, kv, [track.decode() for _ in range(5)])
+                track.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
