@@ -185,9 +185,9 @@ int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k);
 /* Packs `rows` source rows of k values (row-major, dense; src_dtype F32, F16, BF16 or a KV_GGUF_*) into rows
  * row0.. of dst, whose data points at kv_pack_bytes() writable bytes. GGUF blocks go only where nothing is lost
  * beyond rounding a scale to f16: Q4_0, Q4_1, Q4_K -> KV_Q4; Q5_0, Q8_0 -> KV_Q8. Q5_K and Q6_K go
- * to KV_Q8 as their values do, which errs by at most max|x|/253 in a group. F32/F16/BF16 go to any format:
- * KV_Q8 with scale = f16(max|x|/127), KV_Q4 with the scale and minimum of least squared error that a search over
- * ranges finds; the same bytes on every machine. Calls for disjoint rows may run on several threads when row0 and rows are multiples of KV_LANES. */
+ * to KV_Q8 as their values do, which errs by at most max|x|/140 in a group. F32/F16/BF16 go to any format:
+ * KV_Q8 and KV_Q4 with the scale (and minimum) of least squared error that a search over steps finds; the same bytes on
+ * every machine. Calls for disjoint rows may run on several threads when row0 and rows are multiples of KV_LANES. */
 int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype);
 /* The inverse: rows row0.. of w as float32 [rows][k]. */
 int32_t kv_unpack(const kv_weight *w, int64_t row0, int64_t rows, float *out);

@@ -111,8 +111,8 @@ class Blueprint:
         plan = self._sized_plan(1)
         if self.source is not None:
             return load.layout(plan, self.source, self.refs, self.shape.weights)
-        dtype = load.smaller({"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.spec.dtype], self.shape.weights)
-        return load.layout_as(plan, lambda weight: dtype)
+        dtype = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[self.spec.dtype]
+        return load.layout_as(plan, lambda weight: load.smaller(weight, dtype, self.shape.weights))
 
     @functools.cached_property
     def weight_bytes(self) -> int:

@@ -1,4 +1,7 @@
 // quantize.cpp - see quantize.h. Compiled without fused multiply-add, so that every machine packs the same bytes.
+//
+// Both formats try several steps; for each, the digits are rounded and the best scale (and minimum) for them follows by
+// least squares, as in llama.cpp's make_qkx2_quants. Its squared error is known from the sums alone.
 #include "quantize.h"
 
 #include <cmath>
@@ -7,9 +10,16 @@
 #include "../kvrun.h"
 #include "half.h"
 
+// Wider vectors where the CPU has them; the arithmetic is the same lane by lane.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
 namespace {
 
-constexpr int N = KV_GROUP;
+constexpr int N = KV_GROUP, LANES = 8;
 constexpr float MAGIC = 12582912.f;              // 1.5*2^23: adding it leaves the nearest integer in the low bits
 constexpr uint16_t NOT_A_NUMBER = 0x7e00;
 
@@ -27,86 +37,104 @@ Range range_of(const float *x) {
     return r;
 }
 
-// digit[i] = the nearest of 0..15 to (x[i] - min)*inverse
-void round_to(const float *x, float min, float inverse, float *digit) {
-    for (int i = 0; i < N; i++) {
-        float q = (x[i] - min) * inverse;
-        q = q > 0 ? q : 0;
-        q = q < 15 ? q : 15;
-        digit[i] = (q + MAGIC) - MAGIC;
+struct Sums { double q, qq, x, qx, xx; };        // over a group: digits, values and their products
+
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+double total(const Lanes &a) { return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7])); }
+
+// digit[i] = the nearest of low..high to x[i]*inverse + start
+inline __attribute__((always_inline)) Sums round_to(const float *x, float inverse, float start, float low, float high, float *digit) {
+    const Lanes zero{}, bottom = zero + low, top = zero + high;
+    Lanes q = zero, qq = zero, sx = zero, qx = zero, xx = zero;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i += LANES) {
+        Lanes v, d;
+        memcpy(&v, x + i, sizeof v);
+        d = v * inverse + start;
+        d = d > bottom ? d : bottom;
+        d = d < top ? d : top;
+        d = (d + MAGIC) - MAGIC;
+        memcpy(digit + i, &d, sizeof d);
+        q += d;
+        qq += d * d;
+        sx += v;
+        qx += d * v;
+        xx += v * v;
     }
+    return {total(q), total(qq), total(sx), total(qx), total(xx)};
 }
 
-float squared_error(const float *x, const float *digit, float scale, float min) {
-    float lanes[8] = {};
-    for (int i = 0; i < N; i += 8)
-        for (int l = 0; l < 8; l++) {
-            const float d = scale * digit[i + l] + min - x[i + l];
-            lanes[l] += d * d;
-        }
-    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-}
-
-// The scale and the minimum of least squared error for given digits; false where all digits are equal.
-bool refit(const float *x, const float *digit, float &scale, float &min) {
-    float sq[8] = {}, sqq[8] = {}, sx[8] = {}, sqx[8] = {};
-    for (int i = 0; i < N; i += 8)
-        for (int l = 0; l < 8; l++) {
-            const float q = digit[i + l], v = x[i + l];
-            sq[l] += q;
-            sqq[l] += q * q;
-            sx[l] += v;
-            sqx[l] += q * v;
-        }
-    double q = 0, qq = 0, v = 0, qv = 0;
-    for (int l = 0; l < 8; l++) q += sq[l], qq += sqq[l], v += sx[l], qv += sqx[l];
-    const double det = N * qq - q * q;
-    if (!(det > 0)) return false;
-    scale = (float)((N * qv - q * v) / det);
-    min = (float)((qq * v - q * qv) / det);
-    return true;
+double squared_error(const Sums &s, double scale, double min) {
+    return s.xx - 2 * scale * s.qx - 2 * min * s.x + scale * scale * s.qq + 2 * scale * min * s.q + N * min * min;
 }
 
 }  // namespace
 
-void kv::quantize_q8(const float *x, uint16_t *scale, int8_t *q) {
+WIDE void kv::quantize_q8(const float *x, uint16_t *scale, int8_t *q) {
+    constexpr float STEP = 0.25f;                // in digits: how much less of them the largest magnitude takes each time
+    constexpr int TRIES = 16;
     const Range r = range_of(x);
     const float top = -r.low > r.high ? -r.low : r.high;
-    *scale = top == top ? f32_to_f16(top / 127) : NOT_A_NUMBER;
-    const float step = f16_to_f32(*scale), inverse = step > 0 ? 1 / step : 0;
-    for (int i = 0; i < N; i++) {
-        float v = x[i] * inverse;
-        v = v > -127 ? v : -127;
-        v = v < 127 ? v : 127;
-        q[i] = (int8_t)(int)((v + MAGIC) - MAGIC);
+    *scale = 0;
+    memset(q, 0, N);
+    if (!(top > 0)) {                            // all zero, or not finite
+        if (top != top) *scale = NOT_A_NUMBER;
+        return;
+    }
+    float digit[N];
+    double best = INFINITY;
+    for (int i = 0; i < TRIES; i++) {
+        const Sums s = round_to(x, (127 - STEP * i) / top, 0, -127, 127, digit);
+        const uint16_t half = f32_to_f16((float)(s.qx / s.qq));
+        const double error = squared_error(s, f16_to_f32(half), 0);
+        if (error < best) {
+            best = error;
+            *scale = half;
+            for (int c = 0; c < N; c++) q[c] = (int8_t)(int)digit[c];
+        }
     }
 }
 
-// A grid of ranges, each with its digits and then the best line through them, as in llama.cpp's make_qkx2_quants; the
-// winner is rounded to halves before the digits are fixed.
-void kv::quantize_q4(const float *x, uint16_t *scale, uint16_t *min, uint8_t *q) {
-    constexpr float STRETCH = 0.1f;              // in digits: a range smaller by this many clips its ends
-    constexpr int FEWEST = -4, MOST = 16;
+WIDE void kv::quantize_q4(const float *x, uint16_t *scale, uint16_t *min, uint8_t *q) {
+    constexpr float STEP = 0.1f;                 // in digits: a range that takes more than 15 of them clips its ends
+    constexpr int FEWEST = -4, MOST = 20, POLISH = 2;
     const Range r = range_of(x);
-    float digit[N], best_scale = 0, best_min = r.low, best = INFINITY;
-    if (!(r.high > r.low)) {                     // all equal, or not finite
-        *scale = r.low == r.low ? 0 : NOT_A_NUMBER;
-        *min = f32_to_f16(r.low);
-        memset(q, 0, N);
-        return;
-    }
+    memset(q, 0, N);
+    *scale = r.low == r.low ? 0 : NOT_A_NUMBER;
+    *min = f32_to_f16(r.low);
+    if (!(r.high > r.low)) return;               // all equal, or not finite
+    float y[N], digit[N];                        // counted from the lowest, so that large values of little range keep their bits
+    for (int c = 0; c < N; c++) y[c] = x[c] - r.low;
     const float width = r.high - r.low;
+    double best = INFINITY;
+    float s = width / 15, m = 0;
     for (int i = FEWEST; i <= MOST; i++) {
-        const float steps = 15 + STRETCH * i;
-        float s = width / steps, m = r.low + (steps > 15 ? 0.5f * (width - 15 * s) : 0);
-        round_to(x, m, steps / width, digit);
-        if (!refit(x, digit, s, m)) continue;
-        const float error = squared_error(x, digit, s, m);
-        if (error < best) best = error, best_scale = s, best_min = m;
+        const float steps = 15 + STEP * i;
+        const Sums a = round_to(y, steps / width, steps > 15 ? 0.5f * (15 - steps) : 0, 0, 15, digit);
+        const double det = N * a.qq - a.q * a.q;
+        if (!(det > 0)) continue;
+        const double scale_i = (N * a.qx - a.q * a.x) / det, min_i = (a.qq * a.x - a.q * a.qx) / det;
+        const double error = squared_error(a, scale_i, min_i);
+        if (error < best) best = error, s = (float)scale_i, m = (float)min_i;
     }
-    *scale = f32_to_f16(best_scale);
-    *min = f32_to_f16(best_min);
-    const float s = f16_to_f32(*scale);
-    round_to(x, f16_to_f32(*min), s > 0 ? 1 / s : 0, digit);
-    for (int i = 0; i < N; i++) q[i] = (uint8_t)(int)digit[i];
+    // Rounded to halves, with the digits that suit those; then once more from there.
+    best = INFINITY;
+    for (int i = 0; i <= POLISH; i++) {
+        const uint16_t half_s = f32_to_f16(s), half_m = f32_to_f16(m + r.low);
+        const float step = f16_to_f32(half_s), low = f16_to_f32(half_m) - r.low;
+        if (!(step > 0)) break;
+        const Sums a = round_to(y, 1 / step, -low / step, 0, 15, digit);
+        const double error = squared_error(a, step, low);
+        if (error < best) {
+            best = error;
+            *scale = half_s;
+            *min = half_m;
+            for (int c = 0; c < N; c++) q[c] = (uint8_t)(int)digit[c];
+        }
+        const double det = N * a.qq - a.q * a.q;
+        if (!(det > 0)) break;
+        s = (float)((N * a.qx - a.q * a.x) / det);
+        m = (float)((a.qq * a.x - a.q * a.qx) / det);
+    }
 }

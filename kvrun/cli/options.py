@@ -51,7 +51,7 @@ Kv = Annotated[str, typer.Option(
     "--kv", metavar="FORMAT", callback=_known_format,
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4.")]
 Weights = Annotated[Literal["auto", "bf16", "q8", "q4"], typer.Option(
-    "--weights", help="Format of the weights in memory: auto as the file has them; the others quantize what is stored in more bits.")]
+    "--weights", help="Format of the weights in memory: auto as the file has them; the others quantize what is stored in more bits (with q4, the embedding to 8).")]
 ChatKv = Annotated[str | None, typer.Option(
     "--kv", metavar="FORMAT", callback=lambda kv: kv and _known_format(kv), show_default=False,
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4. Default: the session's, else f16.")]

@@ -48,14 +48,18 @@ def packed_dtype(weight: Weight, source: TensorSource, refs: Mapping[str, Tensor
     for name in (refs[part].name for part in weight.parts):
         dequantized = source.stored(name).lower() not in DTYPES
         kinds.add(_REQUANTIZED if dequantized else _PACKED[source.info(name)[0]])
-    return smaller(min(kinds, key=_BY_SIZE.index), weights)
+    return smaller(weight, min(kinds, key=_BY_SIZE.index), weights)
 
 
-def smaller(dtype: str, weights: str) -> str:
-    """What a matrix stored as `dtype` is held in under --weights."""
+def smaller(weight: Weight, dtype: str, weights: str) -> str:
+    """What a matrix stored as `dtype` is held in under --weights. The embedding and the head go no lower than 8 bits: in
+    4 they cost Gemma 3 270M a quarter of its perplexity."""
     if weights not in WEIGHTS:
         raise UsageError(f"--weights {weights}: choose {', '.join(WEIGHTS)}")
-    return dtype if weights == "auto" else max(dtype, weights, key=_BY_SIZE.index)
+    if weights == "auto":
+        return dtype
+    least = "q8" if weights == "q4" and weight.name in ("embed", "head") else weights
+    return max(dtype, least, key=_BY_SIZE.index)
 
 
 def layout(plan: Plan, source: TensorSource, refs: Mapping[str, TensorRef], weights: str = "auto") -> list[PackedWeight]:

@@ -148,7 +148,7 @@ def test_gguf_values(rng, kind, n):
     if kind in ("q5_k", "q6_k"):                                 # a new scale, rounded to float16, and the nearest digit
         groups = np.abs(expected).reshape(n, k // 32, 32).max(axis=2).astype(np.float64)
         error = np.abs(got.astype(np.float64) - expected).reshape(n, k // 32, 32).max(axis=2)
-        assert (error <= groups / 253 + 127 * 2.0**-25).all()
+        assert (error <= groups / 140 + 127 * 2.0**-25).all()
         return
     if kind != "q4_k":
         # Exact, but for -8*scale of a q4_0 scale beyond float16's range; none here is.
@@ -221,18 +221,29 @@ def half(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float16).astype(np.float32)
 
 
+def plain_q8_error(groups: np.ndarray) -> np.ndarray:
+    """Squared error of each group [..., 32] under scale = max|x|/127, a half."""
+    scale = half(np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        digits = np.where(scale > 0, np.clip(np.rint(groups / scale), -127, 127), 0)
+    return ((digits * scale - groups).astype(np.float64) ** 2).sum(axis=-1)
+
+
 @pytest.mark.parametrize("source", FLOATS)
 def test_floats_to_q8(rng, source):
+    """The search is never worse than the plain scale but for how that rounds, and better in the mean."""
     n, k = 40, 320
     bits = stored(groups_of(rng, n, k), source)
     x = {"f32": lambda: bits.view(np.float32), "f16": lambda: bits.view(np.float16).astype(np.float32), "bf16": lambda: from_bf16(bits)}[source]()
     packed = Packed("q8", n, k)
     assert packed.pack(bits, source) == lib.KV_OK
     groups = x.reshape(n, -1, 32)
-    scale = half(np.abs(groups).max(axis=2, keepdims=True) / np.float32(127))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        digits = np.where(scale > 0, np.clip(np.rint(groups * (np.float32(1) / scale)), -127, 127), 0)
-    np.testing.assert_array_equal(packed.bytes, layout("q8", digits.reshape(n, k).astype(np.int8).view(np.uint8), scale[..., 0].astype(np.float16)))
+    error = ((packed.unpack().reshape(groups.shape) - groups).astype(np.float64) ** 2).sum(axis=2)
+    plain = plain_q8_error(groups)
+    rounding = 32 * (np.abs(groups).max(axis=2) * 2.0**-11) ** 2 + 32 * (127 * 2.0**-25) ** 2
+    assert (error <= 1.05 * plain + rounding).all()
+    wide = (np.ptp(groups, axis=2) > 0.01 * np.abs(groups).max(axis=2)) & (plain > 0)
+    assert np.median(error[wide] / plain[wide]) < 0.95
 
 
 def plain_q4_error(groups: np.ndarray) -> np.ndarray:
@@ -278,7 +289,7 @@ def test_quantizing_what_was_quantized_gives_it_back(rng, kind):
         digits[digits == 0x80] = 0x81                            # quantizers do not make -128
     exact = dequantize(rows, GGMLQuantizationType[kind.upper()])
     packed = Packed(GGUF[kind][0], 32, 256)
-    for source, tolerance in (("f32", 2.0**-10), ("bf16", 2.0**-7)):
+    for source, tolerance in (("f32", 2.0**-10), ("bf16", 2.0**-6)):
         assert packed.pack(stored(exact, source), source) == lib.KV_OK
         error = np.abs(packed.unpack() - exact).reshape(32, 8, 32).max(axis=2)
         assert (error <= tolerance * np.abs(exact).reshape(32, 8, 32).max(axis=2)).all()

@@ -24,7 +24,7 @@ from ..engine.tiny_model import random_model
 K = 256
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0", "q4_1": "Q4_1", "q6_k": "Q6_K", "q3_k": "Q3_K"}
 AUTO = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8", "q5_0": "q8", "q4_0": "q4", "q4_1": "q4", "q6_k": "q8", "q3_k": "q8"}
-WORST = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8": 1 / 253, "q4": 0.2}
+WORST = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8": 1 / 140, "q4": 0.2}
 """Largest error of a value, as a share of the largest magnitude of its group; the search for q4 may clip the ends."""
 
 
@@ -110,7 +110,7 @@ def test_unknown_name(source):
 
 @pytest.mark.parametrize("weights", ["q8", "q4"])
 def test_a_whole_model(tmp_path, weights):
-    """Every matrix is quantized, the embedding and the head too; the reference executor refuses."""
+    """Every matrix is quantized, the embedding and the head to 8 bits at least; the reference executor refuses."""
     files = resolve(str(random_model(tmp_path / "tiny", 1)))
     engine = open_engine(files, device="cpu", n_ctx=256, weights=weights)
     list(engine.generate([1, 2, 3], max_tokens=4))
@@ -118,7 +118,9 @@ def test_a_whole_model(tmp_path, weights):
     from kvrun.blueprint import Blueprint, Shape
 
     with Blueprint(files, Shape("cpu", weights=weights)) as small, Blueprint(files, Shape("cpu")) as whole:
-        assert {p.dtype for p in small.packed} == {weights} and {p.dtype for p in whole.packed} == {"f32"}
+        assert {p.dtype for p in small.packed if p.weight.name not in ("embed", "head")} == {weights}
+        assert {p.dtype for p in small.packed if p.weight.name in ("embed", "head")} == {"q8"}
+        assert {p.dtype for p in whole.packed} == {"f32"}
         assert small.weight_bytes < whole.weight_bytes / 3
     with pytest.raises(UsageError, match="reference"):
         open_engine(files, device="reference", n_ctx=256, weights=weights)
