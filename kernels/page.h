@@ -22,7 +22,7 @@
  * Q8, appended token by token: y = rotate(x); groups of G = 32 channels (16 where 32 does not divide D);
  *   scale = f16(max|y| / 127), code = clamp(rint(y / scale), -127, 127), 0 where scale is 0; value = scale*code, rotated.
  *   K  int8 [8][D/4][16][4] (16 tokens in the lanes, four channels side by side), then f16 scale [8][D/G][16]
- *   V  int8 [32][D][4] (channels in the lanes, four tokens side by side), then f16 scale [D/G][128]
+ *   V  int8 [D/16][32][16][4] (16 channels in the lanes, four tokens side by side), then f16 scale [D/G][128]
  *   Both are the B operand of an int8 product (VNNI, AMX) as they lie.
  *
  * Q4 of K, a whole page at a time, not rotated: channels share bytes in pairs, a channel that matters with one that does
@@ -38,8 +38,8 @@
  * Q4 of V, a whole page at a time: y = rotate(x); groups of G = 64 channels (D where 64 does not divide D); scale =
  *   f16((max-min)/15), zero = f16(min), code = clamp(rint((y - zero) / scale), 0, 15); where scale is 0: code 0, zero =
  *   f16(min + 0.5*(max-min)). value = scale*code + zero, rotated.
- *   uint8 nibble[16][D][4] (channels in the lanes; byte i of octet o has token 8o+i low and token 8o+4+i high), then
- *   f16 scale[D/G][128], f16 zero[D/G][128]
+ *   uint8 nibble[D/16][16][16][4] (16 channels in the lanes; byte i of octet o has token 8o+i low and token 8o+4+i
+ *   high), then f16 scale[D/G][128], f16 zero[D/G][128]
  *
  * Side memory of a sequence in one layer, for Q4; each part present only where its format is Q4, in this order:
  *   K: bf16 open[kv_heads] (K page layout above), bf16 sinks[kv_heads][D/2][16][2], float qsq[kv_heads][D]
@@ -73,9 +73,13 @@ KV_FN int64_t kv_v_index(int t, int c, int head_dim) {
 KV_FN int64_t kv_k8_index(int t, int c, int head_dim) {
     return ((int64_t)(t / KV_LANES) * (head_dim / 4) + c / 4) * (4 * KV_LANES) + (t % KV_LANES) * 4 + c % 4;
 }
-KV_FN int64_t kv_v8_index(int t, int c, int head_dim) { return ((int64_t)(t / 4) * head_dim + c) * 4 + t % 4; }
+KV_FN int64_t kv_v8_index(int t, int c) {
+    return ((int64_t)(c / KV_LANES) * (KV_PAGE / 4) + t / 4) * (4 * KV_LANES) + c % KV_LANES * 4 + t % 4;
+}
 KV_FN int64_t kv_k4_index(int t, int i, int head_dim) { return kv_k8_index(t, i, head_dim / 2); }
-KV_FN int64_t kv_v4_index(int t, int c, int head_dim) { return ((int64_t)(t / 8) * head_dim + c) * 4 + t % 4; }
+KV_FN int64_t kv_v4_index(int t, int c) {
+    return ((int64_t)(c / KV_LANES) * (KV_PAGE / 8) + t / 8) * (4 * KV_LANES) + c % KV_LANES * 4 + t % 4;
+}
 
 /* Channels that share a scale: of a Q8 page, of V in a Q4 page. */
 KV_FN int kv_q8_group(int head_dim) { return head_dim % 32 ? 16 : 32; }

@@ -22,7 +22,7 @@ static int queries_of_block(const kv_op_attend &op) { return rows_of_block(op) *
 // Floats of one part result: V sums, padded, then maximum and sum.
 static int64_t slot_floats(const kv_op_attend &op) { return (op.head_dim + 15) / 16 * 16 + 16; }
 
-static int64_t thread_floats(const kv_op_attend &op) { return block_floats(queries_of_block(op), op.head_dim); }
+static int64_t thread_floats(const kv_op_attend &op) { return block_floats(queries_of_block(op), op.head_dim, op.cache); }
 
 int64_t attend_scratch(const kv_op_attend &op, int max_rows, int max_pages, int threads) {
     const int64_t slot = slot_floats(op) * 4, row = (int64_t)op.heads * max_pages * slot;
@@ -118,7 +118,7 @@ static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Wo
             Run run = make_run(op, state, begin, limit);
             begin = run.end;
             Block block;
-            block_in(block, mine, queries_of_block(op), d);
+            block_in(block, mine, queries_of_block(op), d, op.cache);
             load_block(block, op, state, run, kv_head);
             const int queries = block.rows * group;
             for (int i = 0; i < queries; i++) block.total_m[i] = LOWEST, block.total_l[i] = 0;
@@ -164,7 +164,7 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
         const Run &run = runs[p.run];
         const int kv_head = (int)(p.item % op.kv_heads);
         Block block;
-        block_in(block, mine, queries_of_block(op), d);
+        block_in(block, mine, queries_of_block(op), d, op.cache);
         load_block(block, op, state, run, kv_head);
         block.start();
         pages(block, op.cache, *run.table, p.page, part_end(run, p.page), kv_head, next_k);
@@ -241,12 +241,15 @@ static void attend_decode(const kv_op_attend &op, const kv_state &state, kv::Wor
 
 void attend(const kv_op_attend &op, const kv_state &state, kv::Worker &worker) {
     float *scratch = (float *)worker.scratch, *mine = scratch + worker.thread * thread_floats(op);
-    const bool quantized = is_quantized(op.cache.k_dtype) || is_quantized(op.cache.v_dtype);
-    const Pages pages = quantized ? attend_pages_quant : pages_for(op.cache.k_dtype, op.cache.v_dtype);
-#if defined(__AMX_BF16__)
-    if (state.prefill && tiles_fit(op)) return attend_prefill(op, state, worker, mine, attend_pages_tiles, false);
+    Pages pages = pages_for(op.cache.k_dtype, op.cache.v_dtype);
+    bool in_parts = true;
+#if KV_TILES
+    if (is_quantized(op.cache)) pages = attend_pages_int8, in_parts = false;
+    else if (state.prefill && tiles_fit(op)) pages = attend_pages_tiles, in_parts = false;
+#else
+    if (is_quantized(op.cache)) pages = attend_pages_quant;
 #endif
-    if (state.prefill) attend_prefill(op, state, worker, mine, pages, true);
+    if (state.prefill) attend_prefill(op, state, worker, mine, pages, in_parts);
     else attend_decode(op, state, worker, mine, scratch + worker.threads * thread_floats(op), pages);
 }
 

@@ -14,6 +14,19 @@ static inline float first(f32x16 a) {
     return t[0];
 }
 
+// e^x for x <= 0, within 3e-7 of it for x > -10; NaN stays NaN. Taylor series of 2^r, |r| <= 1/2.
+static inline f32x16 exp_below(f32x16 x) {
+    x = max(splat(-87.f), x);
+    const f32x16 magic = splat(12582912.f), log2e = splat(1.44269504f), t = fma(x, log2e, magic), r = fma(x, log2e, magic - t);
+    f32x16 p = splat(1.540353039e-4f);
+    p = fma(p, r, splat(1.333355815e-3f));
+    p = fma(p, r, splat(9.618129108e-3f));
+    p = fma(p, r, splat(5.550410866e-2f));
+    p = fma(p, r, splat(2.402265070e-1f));
+    p = fma(p, r, splat(6.931471806e-1f));
+    return fma(p, r, splat(1.f)) * exp2_magic(t);
+}
+
 // Queries of consecutive rows of one sequence that share a KV head: row-major [rows][group].
 struct Block {
     int group, rows, head_dim, window, kv_heads;
@@ -26,8 +39,13 @@ struct Block {
     float *o, *m, *l;                      // the part: [queries][head_dim], [queries], [queries]
     float *total, *total_m, *total_l;      // all parts so far
     float *keep;                           // [queries]
-    uint16_t *q16, *p16, *tail;            // two terms of q and of the probabilities, and a piece of V; for tiles only
+    uint16_t *q16, *p16, *tail;            // two terms of q and of the probabilities, and a piece of V; for bf16 tiles only
     int64_t q_term, p_term;
+    int8_t *q8, *p8;                       // bytes of q and of the probabilities; for int8 tiles only, as what follows
+    int64_t q8_rows;
+    float *q8_factor, *p8_factor, *k_zero, *p8_zero;
+    int32_t *c32;
+    char *codes;
 
     void start() {
         for (int i = 0; i < rows * group; i++) m[i] = LOWEST, l[i] = 0;
@@ -35,16 +53,25 @@ struct Block {
 };
 
 static const int TILE = 12;                // most queries of one pass of the vector kernel
-#if defined(__AMX_BF16__)
-static const bool TILES = true;
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define KV_TILES 1
 #else
-static const bool TILES = false;
+#define KV_TILES 0
 #endif
+static const bool TILES = KV_TILES;
+
+// KV_Q8 and KV_Q4 of K as int8 tiles see it: chunks of 64 channels, cut into parts that have a factor each.
+static inline int chunks_of_k(int dtype, int d) { return dtype == KV_Q8 || d <= 64 ? (d + 63) / 64 : 2 * ((d / 2 + 63) / 64); }
+static inline int parts_of_k(int dtype, int d) { return dtype == KV_Q8 ? 64 / kv_q8_group(d) : d <= 64 ? 2 : 1; }
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
+static inline bool is_quantized(int dtype) { return dtype == KV_Q8 || dtype == KV_Q4; }
+static inline bool is_quantized(const kv_cache &cache) { return is_quantized(cache.k_dtype) || is_quantized(cache.v_dtype); }
+
 // Lays a block out from `at` on; returns the floats that it takes.
-static inline int64_t block_in(Block &b, float *at, int queries, int head_dim) {
+static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, const kv_cache &cache) {
+    const bool int8 = TILES && is_quantized(cache), bf16 = TILES && !int8;
     const int64_t n = padded(queries), matrix = n * head_dim;
     float *const begin = at;
     auto take = [&](int64_t floats) {
@@ -64,14 +91,27 @@ static inline int64_t block_in(Block &b, float *at, int queries, int head_dim) {
     b.keep = take(n);
     b.q_term = matrix;
     b.p_term = n * KV_PAGE;
-    b.q16 = (uint16_t *)take(TILES ? matrix : 0);
-    b.p16 = (uint16_t *)take(TILES ? b.p_term : 0);
-    b.tail = (uint16_t *)take(TILES ? 16 * head_dim : 0);
+    b.q16 = (uint16_t *)take(bf16 ? matrix : 0);
+    b.p16 = (uint16_t *)take(bf16 ? b.p_term : 0);
+    b.tail = (uint16_t *)take(bf16 ? 16 * head_dim : 0);
+    if (int8) {
+        const int chunks = chunks_of_k(cache.k_dtype, head_dim), parts = parts_of_k(cache.k_dtype, head_dim);
+        b.q8_rows = n * parts * 2;
+        b.q8 = (int8_t *)take(chunks * b.q8_rows * 16);
+        b.q8_factor = take(n * chunks * parts);
+        b.p8 = (int8_t *)take(n * 2 * KV_PAGE / 4);
+        b.p8_factor = take(n);
+        b.k_zero = take(n);
+        b.p8_zero = take(n);
+        b.c32 = (int32_t *)take(b.q8_rows * 16 + 256);
+        const int64_t k_codes = KV_PAGE * chunks * 64, v_codes = KV_PAGE * (int64_t)head_dim;
+        b.codes = (char *)take((k_codes > v_codes ? k_codes : v_codes) / 4);
+    }
     return at - begin;
 }
-static inline int64_t block_floats(int queries, int head_dim) {
+static inline int64_t block_floats(int queries, int head_dim, const kv_cache &cache) {
     Block b;
-    return block_in(b, nullptr, queries, head_dim);
+    return block_in(b, nullptr, queries, head_dim, cache);
 }
 
 // The rows of a block that see some slot of a page, and the slots that any of them sees.
@@ -106,14 +146,15 @@ static inline f32x16 slots_inside(int b, int low, int high, f32x16 x, f32x16 oth
 // Adds pages [page, end) of the table to the block's part. next_k: what will be read after them, or null.
 using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, const char *next_k);
 
-static inline bool is_quantized(int dtype) { return dtype == KV_Q8 || dtype == KV_Q4; }
 // Sums of V are of rotated V then, and rotated back at the end.
 static inline bool v_is_rotated(const kv_cache &cache) { return is_quantized(cache.v_dtype); }
 
 }  // namespace KV_NS
 
 #include "attend_pages.h"
-#include "attend_quant.h"
-#if defined(__AMX_BF16__)
+#if KV_TILES
 #include "attend_amx.h"
+#include "attend_int8.h"
+#else
+#include "attend_quant.h"
 #endif

@@ -85,7 +85,7 @@ static inline float softmax_terms(const Block &block, int i, int low, int high, 
             const int b = 2 * step + j;
             x[j] = splat(0);
             if (16 * b < high && 16 * b + 16 > low) {
-                x[j] = slots_inside(b, low, high, exp(load(s + 16 * b) - splat(new_m)), splat(0));
+                x[j] = slots_inside(b, low, high, exp_below(load(s + 16 * b) - splat(new_m)), splat(0));
                 sums = sums + x[j];
             }
         }

@@ -135,7 +135,7 @@ static inline float softmax_page(float *s, int low, int high, int first_block, i
     for (int b = first_block; b < last_block; b++) {
         f32x16 p = splat(0);
         if (16 * b < high && 16 * b + 16 > low) {
-            p = slots_inside(b, low, high, exp(load(s + 16 * b) - splat(new_m)), splat(0));
+            p = slots_inside(b, low, high, exp_below(load(s + 16 * b) - splat(new_m)), splat(0));
             sums = sums + p;
         }
         store(s + 16 * b, p);

@@ -1,37 +1,8 @@
-// attend_quant.h - one page of a cache with quantized K, V or both.
+// attend_quant.h - one page of a cache with quantized K, V or both, in floats: for CPUs without int8 tiles.
 #pragma once
 #include "quant_v.h"
-#include "rotate.h"
 
 namespace KV_NS {
-
-// Blocks of 16 slots [first, last) of a page, and where they lie as if the page began there.
-struct Piece { const char *data; int dtype, first, last; };
-struct Pieces { Piece piece[2]; int n; };
-
-// KV_Q4: the rows' own page and the first slots of a sequence are exact (see kv_cache).
-static inline Pieces pieces_of(int dtype, const char *page, const uint16_t *open, const uint16_t *sinks, bool own, bool oldest) {
-    const int all = KV_PAGE / KV_LANES, exact = KV_SINKS / KV_LANES;
-    if (dtype != KV_Q4) return {{{page, dtype, 0, all}, {}}, 1};
-    if (own) return {{{(const char *)open, KV_BF16, 0, all}, {}}, 1};
-    if (oldest) return {{{(const char *)sinks, KV_BF16, 0, exact}, {page, KV_Q4, exact, all}}, 2};
-    return {{{page, KV_Q4, 0, all}, {}}, 1};
-}
-
-static inline Pieces pieces_of_k(const Block &block, const kv_cache &cache, const kv_table &table, const Side &side, int page, int kv_head) {
-    return pieces_of(cache.k_dtype, k_of(cache, table.page[page], kv_head, block.head_dim), side.k_open, side.k_sinks,
-                     table.base[page] == block.own, table.base[page] == 0);
-}
-static inline Pieces pieces_of_v(const Block &block, const kv_cache &cache, const kv_table &table, const Side &side, int page, int kv_head) {
-    return pieces_of(cache.v_dtype, v_of(cache, table.page[page], kv_head, block.head_dim), side.v_open, side.v_sinks,
-                     table.base[page] == block.own, table.base[page] == 0);
-}
-
-template <class F>
-static void scores_exact(const Piece &piece, int n, int from, int to, int d, const float *q, float *s, int64_t s_stride, const char *ahead) {
-    pass<F>(n, (const typename F::T *)piece.data + (int64_t)from * d * 16, (int64_t)32, (int64_t)d * 16, to - from, 0, d / 2, false,
-            q, (int64_t)d, s + 16 * from, s_stride, (const float *)nullptr, ahead);
-}
 
 // Scores of n queries in the blocks [from, to) of a piece.
 static void scores_of(const Piece &piece, const PairedChannels &paired, int n, int from, int to, int d, const float *q, float *s,
@@ -54,16 +25,7 @@ static void scores_of(const Piece &piece, const PairedChannels &paired, int n, i
             KV_COUNTS(KV_CASE)
 #undef KV_CASE
         }
-    } else if (piece.dtype == KV_F32) scores_exact<StoredF32>(piece, n, from, to, d, q, s, s_stride, ahead);
-    else if (piece.dtype == KV_F16) scores_exact<StoredF16>(piece, n, from, to, d, q, s, s_stride, ahead);
-    else scores_exact<StoredBf16>(piece, n, from, to, d, q, s, s_stride, ahead);
-}
-
-template <class F>
-static void sums_exact(const Piece &piece, int n, int low, int high, int d, const float *p, int64_t p_stride, float *out,
-                       const float *keep, const char *ahead) {
-    pass<F>(n, (const typename F::T *)piece.data, (int64_t)d * 2, (int64_t)32, d / 16, low / 2, high / 2, high % 2 != 0, p, p_stride,
-            out, (int64_t)d, keep, ahead);
+    } else scores_exact(piece, n, from, to, d, q, s, s_stride, ahead);
 }
 
 // out = keep*out + weighted sums of V of the slots [low, high) of a piece; rotated: out is of rotated V.
@@ -87,16 +49,7 @@ static void sums_of(const Piece &piece, const ScalesOfV &scales, bool rotated, i
             KV_COUNTS(KV_CASE)
 #undef KV_CASE
         }
-    } else if (rotated) {
-        float exact[TILE * KV_MAX_QUANT_DIM];
-        sums_exact<StoredBf16>(piece, n, low, high, d, p, p_stride, exact, nullptr, ahead);
-        for (int j = 0; j < n; j++) {
-            rotate(exact + j * d, d);
-            for (int c = 0; c < d; c += 16) store(out + j * d + c, fma(load(out + j * d + c), splat(keep[j]), load(exact + j * d + c)));
-        }
-    } else if (piece.dtype == KV_F32) sums_exact<StoredF32>(piece, n, low, high, d, p, p_stride, out, keep, ahead);
-    else if (piece.dtype == KV_F16) sums_exact<StoredF16>(piece, n, low, high, d, p, p_stride, out, keep, ahead);
-    else sums_exact<StoredBf16>(piece, n, low, high, d, p, p_stride, out, keep, ahead);
+    } else sums_exact(piece, rotated, n, low, high, d, p, p_stride, out, keep, ahead);
 }
 
 static void attend_pages_quant(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,

@@ -183,13 +183,15 @@ void encode_v_q4(char *page, const uint16_t *open, int dim) {
             scales[g * KV_PAGE + t] = scale;
             zeros[g * KV_PAGE + t] = zero;
             const float s = kv::f16_to_f32(scale), from = kv::f16_to_f32(zero);
-            uint8_t *out = (uint8_t *)page + kv_v4_index(t, g * group, dim);
             uint8_t code[KV_MAX_QUANT_DIM];
             if (s > 0)
                 for (int i = 0; i < group; i++) code[i] = (uint8_t)clamped_rint((z[i] - from) / s, 0.f, 15.f);
             else
                 memset(code, 0, group);
-            for (int i = 0; i < group; i++) out[4 * i] = (uint8_t)(t / 4 % 2 ? out[4 * i] | code[i] << 4 : code[i]);
+            for (int i = 0; i < group; i++) {
+                uint8_t *byte = (uint8_t *)page + kv_v4_index(t, g * group + i);
+                *byte = (uint8_t)(t / 4 % 2 ? *byte | code[i] << 4 : code[i]);
+            }
         }
     }
 }

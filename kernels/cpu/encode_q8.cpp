@@ -41,7 +41,7 @@ void store_v_q8(char *page, const float *x, int t, int dim) {
     int8_t code[KV_MAX_QUANT_DIM];
     uint16_t scale[KV_MAX_QUANT_DIM / 16], *scales = (uint16_t *)(page + KV_PAGE * dim) + t;
     encode(code, scale, x, dim);
-    for (int c = 0; c < dim; c++) page[kv_v8_index(t, c, dim)] = code[c];
+    for (int c = 0; c < dim; c++) page[kv_v8_index(t, c)] = code[c];
     for (int g = 0; g < dim / kv_q8_group(dim); g++) scales[g * KV_PAGE] = scale[g];
 }
 

@@ -47,7 +47,7 @@ static inline float zero_sum(const float *p, const float *zero, int from, int to
 // out[q][16*b ..] = keep[q]*out + sum over slots of w * code, for NB blocks of 16 channels. w has 2^-24 in it and is zero
 // in the slots before `from` and after `to` that share four with them.
 template <int NQ, int NB, int GROUP>
-static inline void sums_q8_blocks(const char *code, int dim, int from, int to, const float *w, int64_t w_stride, float *out,
+static inline void sums_q8_blocks(const char *code, int from, int to, const float *w, int64_t w_stride, float *out,
                                   int64_t out_stride, const float *keep, const char *&ahead) {
     f32x16 sum[NQ][NB];
 #pragma GCC unroll 16
@@ -58,7 +58,7 @@ static inline void sums_q8_blocks(const char *code, int dim, int from, int to, c
         ask_for(ahead, 64 * NB);
         u32x16 word[NB];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) word[b] = load_words(code + (t / 4 * dim + 16 * b) * 4);
+        for (int b = 0; b < NB; b++) word[b] = load_words(code + (b * (KV_PAGE / 4) + t / 4) * 64);
         four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
             for (int b = 0; b < NB; b++) {
@@ -87,14 +87,14 @@ static void sums_q8(const ScalesOfV &v, int from, int to, const float *p, int64_
     for (int i = 0; i < NQ; i++) weights(p + i * p_stride, v, from, to, 0x1p-24f, w + i * w_stride);
     int c = 0;
     for (; c + 16 * NB <= v.dim; c += 16 * NB)
-        sums_q8_blocks<NQ, NB, GROUP>(v.code + 4 * c, v.dim, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
+        sums_q8_blocks<NQ, NB, GROUP>(v.code + c * KV_PAGE, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
     for (; c < v.dim; c += 16)
-        sums_q8_blocks<NQ, 1, GROUP>(v.code + 4 * c, v.dim, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
+        sums_q8_blocks<NQ, 1, GROUP>(v.code + c * KV_PAGE, from, to, w + c / GROUP * KV_PAGE, w_stride, out + c, out_stride, keep, ahead);
 }
 
 // The same for nibbles, NB blocks of 16 channels of one group; zeros[q]: what is added to each channel.
 template <int NQ, int NB>
-static inline void sums_q4_blocks(const char *code, int dim, int from, int to, const float *w, int64_t w_stride, const float *zeros,
+static inline void sums_q4_blocks(const char *code, int from, int to, const float *w, int64_t w_stride, const float *zeros,
                                   int zeros_stride, float *out, int64_t out_stride, const float *keep, const char *&ahead) {
     f32x16 sum[NQ][NB];
 #pragma GCC unroll 16
@@ -105,7 +105,7 @@ static inline void sums_q4_blocks(const char *code, int dim, int from, int to, c
         ask_for(ahead, 64 * NB);
         u32x16 word[NB];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) word[b] = load_words(code + (t / 8 * dim + 16 * b) * 4);
+        for (int b = 0; b < NB; b++) word[b] = load_words(code + (b * (KV_PAGE / 8) + t / 8) * 64);
         four([&](auto byte) __attribute__((always_inline)) {
 #pragma GCC unroll 16
             for (int b = 0; b < NB; b++) {
@@ -138,10 +138,10 @@ static void sums_q4(const ScalesOfV &v, int from, int to, const float *p, int64_
     }
     int c = 0;
     for (; group % (16 * NB) == 0 && c + 16 * NB <= v.dim; c += 16 * NB)
-        sums_q4_blocks<NQ, NB>(v.code + 4 * c, v.dim, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
+        sums_q4_blocks<NQ, NB>(v.code + c * KV_PAGE / 2, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
                                out + c, out_stride, keep, ahead);
     for (; c < v.dim; c += 16)
-        sums_q4_blocks<NQ, 1>(v.code + 4 * c, v.dim, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
+        sums_q4_blocks<NQ, 1>(v.code + c * KV_PAGE / 2, from, to, w + c / group * KV_PAGE, w_stride, &zeros[0][c / group], MAX_GROUPS,
                               out + c, out_stride, keep, ahead);
 }
 

@@ -76,11 +76,11 @@ def encode_q8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _q8_parts(page: np.ndarray, head_dim: int, is_v: bool) -> tuple[np.ndarray, np.ndarray]:
     """Views of a page uint8 [...][bytes], indexed by token: codes int8 [...][128/n][n][D/4][4], scales float16 [...][128/n][n][D/G],
-    n tokens being side by side."""
+    n tokens being side by side; codes of V are [...][32][4][D/16][16]."""
     lead, n = page.shape[:-1], PAGE * head_dim
     codes, scale = page[..., :n].view(np.int8), page[..., n:].view(np.float16)
     if is_v:
-        return (np.moveaxis(codes.reshape(*lead, PAGE // 4, head_dim // 4, 4, 4), -1, -3),
+        return (np.moveaxis(codes.reshape(*lead, head_dim // LANES, PAGE // 4, LANES, 4), (-3, -1), (-4, -3)),
                 np.moveaxis(scale.reshape(*lead, -1, PAGE // 4, 4), -3, -1))
     return (codes.reshape(*lead, PAGE // LANES, head_dim // 4, LANES, 4).swapaxes(-2, -3),
             scale.reshape(*lead, PAGE // LANES, -1, LANES).swapaxes(-1, -2))
@@ -217,14 +217,16 @@ def encode_v_q4(v: np.ndarray) -> np.ndarray:
     damaged = ~np.isfinite(y).all(axis=2)
     scale[damaged] = zero[damaged] = np.float16(np.nan)
     code = _codes(y, scale[..., None], zero[..., None], 15).astype(np.uint8).reshape(PAGE // 8, 2, 4, d)
-    parts = ((code[:, 0] | code[:, 1] << 4).swapaxes(1, 2), scale.T, zero.T)
+    nibble = (code[:, 0] | code[:, 1] << 4).reshape(PAGE // 8, 4, d // LANES, LANES)
+    parts = (nibble.transpose(2, 0, 3, 1), scale.T, zero.T)
     return np.frombuffer(b"".join(p.tobytes() for p in parts), np.uint8).copy()
 
 
 def decode_v_q4(page: np.ndarray, head_dim: int) -> np.ndarray:
     """uint8 [...][bytes] -> float32 [...][128][D]."""
     lead, n = page.shape[:-1], PAGE * head_dim // 2
-    nibble = np.moveaxis(page[..., :n].reshape(*lead, PAGE // 8, head_dim, 4), -1, -2)
+    nibble = page[..., :n].reshape(*lead, head_dim // LANES, PAGE // 8, LANES, 4)
+    nibble = np.moveaxis(nibble, (-3, -1), (-4, -3)).reshape(*lead, PAGE // 8, 4, head_dim)
     code = np.stack([nibble & 15, nibble >> 4], axis=-3).reshape(*lead, PAGE, -1, q4_group(head_dim))
     numbers = page[..., n:].view(np.float16).astype(np.float32).reshape(*lead, 2, -1, PAGE)
     scale, zero = np.moveaxis(numbers.swapaxes(-1, -2)[..., None], len(lead), 0)
