@@ -48,7 +48,7 @@ static __device__ void store_q8(char *page, float *x, int t, int dim, bool is_v,
         const uint16_t scale = top < 0x7f800000 ? clamped_f16(__fdiv_rn(__uint_as_float(top), 127.f)) : kF16Nan;
         const float s = f16_to_f32(scale);
         const float code = s > 0 ? clamped_rint(__fdiv_rn(y, s), -127.f, 127.f) : 0.f;
-        ((int8_t *)page)[is_v ? kv_v8_index(t, c, dim) : kv_k8_index(t, c, dim)] = (int8_t)code;
+        ((int8_t *)page)[is_v ? kv_v8_index(t, c) : kv_k8_index(t, c, dim)] = (int8_t)code;
         if (c % group == 0) {
             uint16_t *scales = (uint16_t *)(page + KV_PAGE * dim);
             scales[is_v ? c / group * KV_PAGE + t : (t / KV_LANES * (dim / group) + c / group) * KV_LANES + t % KV_LANES] = scale;

@@ -1,6 +1,6 @@
 // attend_v.cuh - weighted sums of V of a page, from V as page.h lays it out.
 //
-// Whatever the format, V is [words][channels] of 32-bit words with a few tokens of one channel in each. A thread has a quad
+// Whatever the format, V is 32-bit words with a few tokens of one channel in each, at least 16 channels side by side. A thread has a quad
 // of channels and takes 128-bit loads of words first, first + step, ...; weight: [NQ][128] in shared memory. Slots outside
 // [low, high) may hold anything and are left out.
 #pragma once
@@ -63,7 +63,7 @@ static __device__ __forceinline__ void sums_q8(const char *v, int dim, int quad,
     const uint16_t *scales = (const uint16_t *)(v + KV_PAGE * dim) + 4 * quad / kv_q8_group(dim) * KV_PAGE;
 #pragma unroll 2
     for (int j = first; j < (slots.high + 3) / 4; j += step) {
-        const uint4 d = load16(v + ((int64_t)j * dim + 4 * quad) * 4);
+        const uint4 d = load16(v + kv_v8_index(4 * j, 4 * quad));
         const uint2 s = load8(scales + 4 * j);
         const float scale[4] = {F16::low(s.x), F16::high(s.x), F16::low(s.y), F16::high(s.y)};
         const uint32_t w[4] = {d.x, d.y, d.z, d.w};
@@ -84,7 +84,7 @@ static __device__ __forceinline__ void sums_q4(const char *v, int dim, int quad,
     const int groups = dim / kv_q4_group(dim);
     const uint16_t *scales = (const uint16_t *)(v + KV_PAGE * dim / 2) + 4 * quad / kv_q4_group(dim) * KV_PAGE, *zeros = scales + groups * KV_PAGE;
     for (int j = first; j < (slots.high + 7) / 8; j += step) {
-        const uint4 d = load16(v + ((int64_t)j * dim + 4 * quad) * 4);
+        const uint4 d = load16(v + kv_v4_index(8 * j, 4 * quad));
         const uint32_t w[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
         for (int half = 0; half < 2; half++) {                     // low nibbles: four tokens, high ones: the next four

@@ -171,7 +171,7 @@ static __device__ void encode_v(char *page, const uint16_t *open, int dim) {
         }
 #pragma unroll
         for (int j = 0; j < KV_MAX_QUANT_DIM / 32; j++)
-            if (lane + 32 * j < dim) ((uint32_t *)page)[octet * dim + lane + 32 * j] = words[j];
+            if (lane + 32 * j < dim) *(uint32_t *)(page + kv_v4_index(8 * octet, lane + 32 * j)) = words[j];
     }
 }
 
