@@ -38,11 +38,9 @@ def eviction_line(event: Eviction) -> str:
     return f"{why}: dropped {event.tokens} tokens, positions {where}"
 
 
-def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Sequence[Token], end: Stop) -> str:
-    """One JSON object and a newline. Without log-probabilities a token's `logprob` is null and its `top` empty;
-    `prompt_logprobs` is null unless --echo asked for it. Positions of an eviction are half-open ranges."""
-    stats = end.stats
-
+def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Sequence[Token], end: Stop, parts: dict[str, Any]) -> str:
+    """One JSON object and a newline. parts: text, answer and reasoning. Without log-probabilities a token's `logprob` is null and its
+    `top` empty; `prompt_logprobs` is null unless --echo asked for it. Positions of an eviction are half-open ranges."""
     def place(index: int, token: int, record: TokenLogprob | None) -> dict[str, Any]:
         return {
             "index": index, "id": token, "token": engine.text.token_text(token),
@@ -51,11 +49,16 @@ def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Seq
         }
 
     return as_json({
-        "model": files.name, "revision": files.revision,
-        "text": "".join(token.text for token in tokens) + end.text,
-        "finish_reason": end.reason,
-        "tokens": [place(index, token.id, token.logprob) for index, token in enumerate(tokens)],
+        **parts, "tokens": [place(index, token.id, token.logprob) for index, token in enumerate(tokens)],
         "prompt_logprobs": [place(p.index, p.id, p) for p in end.prompt_logprobs] or None,
+        **summary(files, engine, sampler, end)})
+
+
+def summary(files: ModelFiles, engine: Engine, sampler: Sampler, end: Stop) -> dict[str, Any]:
+    """Counts, times and settings of one answer."""
+    stats = end.stats
+    return {
+        "model": files.name, "revision": files.revision, "finish_reason": end.reason,
         "usage": {"prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens,
                   "completion_tokens": stats.generated_tokens, "total_tokens": stats.prompt_tokens + stats.generated_tokens},
         "timing": {"prefill_seconds": stats.prefill_seconds, "prefill_tokens_per_second": stats.prefill_rate,
@@ -64,7 +67,7 @@ def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Seq
         "evictions": [{"reason": e.reason, "tokens": e.tokens, "positions": e.positions} for e in stats.evictions],
         "n_ctx": engine.n_ctx, "kv": kv_name(engine.executor.kv), "device": engine.executor.name,
         "seed": sampler.seed, "sampling": {k: v for k, v in asdict(sampler).items() if k != "seed"},
-    })
+    }
 
 
 def as_json(document: object) -> str:

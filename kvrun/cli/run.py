@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvrun.cli import options as opt
-from kvrun.errors import ContextFullError, UsageError
-
-if TYPE_CHECKING:
-    from kvrun.engine import Engine
-    from kvrun.engine.events import Stop, Token
-    from kvrun.hub.files import ModelFiles
-    from kvrun.terminal import Console
+from kvrun.errors import UsageError
 
 ECHO_ROWS = 64
 """Prompt rows that give logits in one step with --echo; memory for them is rows * vocabulary * 4 bytes."""
@@ -37,6 +31,13 @@ class RunOptions:
     stats: bool
     logprobs: int | None
     echo: bool
+    jsonl: bool = False
+    extract: bool = False
+    each: bool = False
+    schema: Path | None = None
+    regex: str | None = None
+    think: str = "show"
+    prompt_cache: bool = True
 
 
 def run(
@@ -48,6 +49,17 @@ def run(
     system: opt.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens, usage, timing.")] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print events as they come, one JSON object a line: prefill, token, stop, ...")] = False,
+    extract: Annotated[bool, typer.Option("-x", "--extract", help="Print the first fenced code block of the answer alone.")] = False,
+    each: Annotated[bool, typer.Option(
+        "--each", help="Answer each line of standard input, after PROMPT, with one JSON object a line. What the prompts share is read once.")] = False,
+    schema: Annotated[Path | None, typer.Option(
+        "--schema", metavar="FILE", show_default=False, help="The answer is JSON that this JSON schema allows.")] = None,
+    regex: Annotated[str | None, typer.Option(
+        "--regex", metavar="R", show_default=False, help="The whole answer matches this regular expression.")] = None,
+    think: opt.Think = "show",
+    prompt_cache: Annotated[bool, typer.Option(
+        "--prompt-cache/--no-prompt-cache", help="Read the pages of a prompt seen before from disk, and write those of a new one.")] = True,
     stats: Annotated[bool, typer.Option("--stats", help="End with one line of counts and speeds on stderr.")] = False,
     logprobs: Annotated[int | None, typer.Option(
         "--logprobs", metavar="K", min=0, show_default=False, help="With --json: log-probabilities, and the K likeliest tokens at each place.")] = None,
@@ -80,6 +92,7 @@ def run(
 
     The answer, and nothing else, goes to standard output as it is computed, ending with exactly one newline; --json
     has it unchanged. A chat model gets the prompt through its chat template; a model without one continues it.
+    A prompt of 256 tokens or more is kept on disk as cache pages: the next run that begins alike starts at once.
     When the context is full before the answer ends, the exit code is 7; with --overflow evict, old text is dropped
     from it instead, each time with a line on standard error, and the answer goes on until the model or --max-tokens
     ends it.
@@ -90,6 +103,9 @@ def run(
       git log --oneline | kvrun run smollm2-135m "Summarize these changes:"
       kvrun run gemma3-270m --raw --max-tokens 40 "Once upon a time"
       kvrun run smollm2-135m -f notes.txt "What is still open?" --temp 0 --stats
+      kvrun run smollm2-135m -x "A Python function that reverses a string" > reverse.py
+      kvrun run smollm2-135m --schema person.json "Describe a person." | jq .name
+      cut -f2 reviews.tsv | kvrun run smollm2-135m --each --regex "good|bad" "Is this review good or bad?"
       kvrun run smollm2-135m -f book.txt "What happened last?" -n 2048 --overflow evict --keep 200
       kvrun run smollm2-135m --raw -n 1024 --overflow evict --evict strided --max-tokens 5000 "Once upon a time"
       kvrun run smollm2-135m --raw --json --logprobs 5 --echo --max-tokens 1 "The sky is"
@@ -99,78 +115,55 @@ def run(
         overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose),
-        prompt=prompt, files=tuple(file or ()), raw=raw, system=system, json=json, stats=stats, logprobs=logprobs, echo=echo))
+        prompt=prompt, files=tuple(file or ()), raw=raw, system=system, json=json, stats=stats, logprobs=logprobs, echo=echo,
+        jsonl=jsonl, extract=extract, each=each, schema=schema, regex=regex, think=think, prompt_cache=prompt_cache))
 
 
 def _run(options: RunOptions) -> int:
-    console = opt.configure_console(options.output)
-    if (options.echo or options.logprobs is not None) and not options.json:
-        raise UsageError("--logprobs and --echo go into the JSON; add --json")
-    if options.raw and (options.system or options.model.template_file):
-        raise UsageError("--raw uses no chat template, so it goes with neither --system nor --template-file")
-    opt.check_overflow(options.overflow)
     from kvrun.cli.prompt import gather_prompt
+    from kvrun.cli.run_answer import Runner
+    from kvrun.text import prepare_chat
 
-    prompt = gather_prompt(options.prompt, options.files, raw=options.raw)
+    console = opt.configure_console(options.output)
+    _check(options)
+    schema = _schema_text(options)
+    if not options.raw:
+        prepare_chat()
+    prompt = "" if options.each else gather_prompt(options.prompt, options.files, raw=options.raw)
     files = opt.resolve_model(options.model, console)
     engine = opt.open_model(options.model, files, console, max_out=ECHO_ROWS if options.echo else 1)
     try:
-        return _answer(options, console, files, engine, prompt)
+        runner = Runner(options, console, files, engine, schema)
+        if options.each:
+            from kvrun.cli.run_each import answer_each
+
+            return answer_each(runner)
+        return runner.answer(runner.encode(prompt))
     finally:
         engine.close()
 
 
-def _continues(options: RunOptions, engine: Engine) -> bool:
-    """Whether the answer goes on the prompt's own text, with no chat template between."""
-    return options.raw or not engine.text.has_template
+def _check(options: RunOptions) -> None:
+    """UsageError for options that do not go together."""
+    if (options.echo or options.logprobs is not None) and not (options.json or options.jsonl):
+        raise UsageError("--logprobs and --echo go into the JSON; add --json")
+    if options.raw and (options.system or options.model.template_file):
+        raise UsageError("--raw uses no chat template, so it goes with neither --system nor --template-file")
+    forms = [flag for flag, given in (("--json", options.json), ("--jsonl", options.jsonl), ("--extract", options.extract)) if given]
+    if len(forms) > 1:
+        raise UsageError(f"{' and '.join(forms)}: give one of them")
+    if options.each and (options.jsonl or options.extract):
+        raise UsageError("--each prints one JSON object a line; it goes with neither --jsonl nor --extract")
+    if options.schema and options.regex:
+        raise UsageError("--schema and --regex: give one of them")
+    opt.check_overflow(options.overflow)
+    if options.schema or options.regex:
+        from kvrun.text.grammar import available
+
+        available()
 
 
-def _encode(options: RunOptions, engine: Engine, prompt: str) -> list[int]:
-    if _continues(options, engine):
-        if options.system:
-            raise UsageError(f"{options.model.model} has no chat template, so --system has no place; put it into the prompt")
-        return engine.text.encode(prompt, bos=True)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
-    return engine.text.encode_chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+def _schema_text(options: RunOptions) -> str | None:
+    from kvrun.cli.prompt import read_file
 
-
-def _answer(options: RunOptions, console: Console, files: ModelFiles, engine: Engine, prompt: str) -> int:
-    from kvrun.cli.interrupts import interrupts
-    from kvrun.cli.report import answer_json, eviction_line, stats_line
-    from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
-
-    opt.set_overflow(options.overflow, engine, files, options.system, chat=not _continues(options, engine))
-    sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
-    events = engine.generate(_encode(options, engine, prompt), sampler=sampler, max_tokens=options.sampling.max_tokens,
-                             stop=options.sampling.stop, logprobs=options.logprobs or 0, echo=options.echo,
-                             continued=_continues(options, engine))
-    tokens: list[Token] = []
-    end: Stop | None = None
-    with interrupts(engine):
-        for event in events:
-            if isinstance(event, Token):
-                tokens.append(event)
-                if not options.json:
-                    console.answer(event.text)
-            elif isinstance(event, Prefill):
-                console.progress("reading the prompt", event.done, event.total, unit="tokens")
-            elif isinstance(event, Notice):
-                console.notice(event.text)
-            elif isinstance(event, Eviction):
-                console.notice(eviction_line(event))
-            elif isinstance(event, Stop):
-                end = event
-    assert end is not None
-    if options.json:
-        console.out(answer_json(files, engine, sampler, tokens, end))
-    else:
-        console.answer(end.text)
-        console.end_answer()
-    if options.stats:
-        console.report(stats_line(engine, sampler, end))
-    if end.reason == "interrupt":
-        return 130
-    if end.reason == "context":
-        raise ContextFullError(f"the answer was cut: prompt and answer fill all {engine.n_ctx} tokens of context; "
-                               "use a larger --n-ctx, --max-tokens, or --overflow evict")
-    return 0
+    return read_file(options.schema) if options.schema else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Generator, Iterable, Iterator, Sequence as Items
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Items
 from typing import TYPE_CHECKING
 
 from kvrun.backends.batch import Batch, Sampler
@@ -17,11 +17,12 @@ from kvrun.errors import ContextFullError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.executor import Executor
-    from kvrun.cache.pages import Sequence
+    from kvrun.cache.pages import Sequence, SequenceState
     from kvrun.cache.pool import Pool
     from kvrun.cache.session_pages import Mark, PageArchive
     from kvrun.models.spec import ModelSpec
     from kvrun.text import Text
+    from kvrun.text.grammar import Constraint
 
 
 _GONE = -1
@@ -70,7 +71,8 @@ class Engine:
         return self.sequence.held
 
     def generate(self, ids: Items[int], *, sampler: Sampler | None = None, max_tokens: int | None = None,
-                 stop: Items[str] = (), logprobs: int = 0, echo: bool = False, continued: bool = False) -> Iterator[Event]:
+                 stop: Items[str] = (), logprobs: int = 0, echo: bool = False, continued: bool = False,
+                 constraint: Constraint | None = None) -> Iterator[Event]:
         """Continues the prompt `ids`; the last event is a Stop.
 
         What the prompt shares with the front of the cache is not computed again, except the last prompt token, whose
@@ -78,7 +80,7 @@ class Engine:
         context is full.
         stop: strings that end the answer and are not part of it. logprobs: how many alternatives come with each
         token's log-probability (0: neither). echo: prompt_logprobs in the Stop, for which the whole prompt is
-        computed. continued: the answer goes on the prompt's text, so a leading space belongs to it (SentencePiece).
+        computed. constraint: what the answer may say. continued: the answer goes on the prompt's text, so a leading space belongs to it (SentencePiece).
         Ends a generation that is still open. Raises ContextFullError and UsageError at once, NumericError
         while generating.
         """
@@ -95,7 +97,7 @@ class Engine:
         if self._running is not None:
             self._running.close()
         self._interrupted = False
-        self._running = self._generate(Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued))
+        self._running = self._generate(Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued, constraint))
         return self._running
 
     @property
@@ -112,6 +114,17 @@ class Engine:
             self._clear()
             raise
         self.tokens, self._at = list(tokens[: mark.count]), array("i", positions[: mark.count])
+
+    def adopt(self, tokens: Items[int], state: SequenceState, fill: Callable[[list[tuple[int, int, int]]], None]) -> None:
+        """Takes on `tokens`, whose pages `fill` writes: the (group, position, page) that `state` names. Where it raises, the cache is
+        left empty."""
+        self._clear()
+        try:
+            fill(self.sequence.adopt(state))
+        except BaseException:
+            self._clear()
+            raise
+        self.tokens, self._at = list(tokens), array("i", range(len(tokens)))
 
     def mark(self) -> None:
         """Makes what is held now a place that a later prompt can come back to without reading anything again; needs an archive."""
@@ -235,7 +248,7 @@ class Engine:
         from kvrun.text.stops import StopStrings
 
         detokenizer, stops = self.text.detokenizer(continued=job.continued), StopStrings(job.stop)
-        while drawn not in self.text.eos_ids:
+        while (drawn := self._allowed(job, drawn)) not in self.text.eos_ids:
             record = None
             if job.logprobs:
                 record = self._logprob(-1, job.stats.generated_tokens, drawn, job.logprobs)
@@ -247,6 +260,9 @@ class Engine:
                 self._mark_prompt(job)
             if stopped:
                 return "stop", ""
+            if job.constraint is not None and job.constraint.finished:
+                reason = "eos"
+                break
             if job.stats.generated_tokens == job.max_tokens:
                 reason = "length"
                 break
@@ -267,6 +283,15 @@ class Engine:
             reason = "eos"
         text, stopped = stops.push(detokenizer.flush())
         return ("stop", text) if stopped else (reason, text + stops.flush())
+
+    def _allowed(self, job: Job, drawn: int) -> int:
+        """`drawn`, or what is said in its place."""
+        if job.constraint is None:
+            return drawn
+        token = job.constraint.choose(drawn, lambda: self.executor.logits()[-1], job.sampler, list(job.seen), self.sequence.length)
+        if token not in self.text.eos_ids:
+            job.constraint.accept(token)
+        return token
 
     @property
     def _last_row_apart(self) -> bool:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvrun.backends.batch import Sampler
 from kvrun.engine.events import Stats, TokenLogprob
+
+if TYPE_CHECKING:
+    from kvrun.text.grammar import Constraint
 
 
 class Job:
     """One generation's wishes, and what it has counted."""
 
     def __init__(self, ids: list[int], sampler: Sampler, max_tokens: int | None, stop: list[str], logprobs: int,
-                 echo: bool, continued: bool) -> None:
+                 echo: bool, continued: bool, constraint: Constraint | None = None) -> None:
+        self.constraint = constraint
         self.ids = ids
         self.sampler = sampler
         self.max_tokens = max_tokens

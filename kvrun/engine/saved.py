@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence as Items
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kvrun import __version__
 from kvrun.cache.formats import kv_name
 from kvrun.cache.pages import SequenceState
 from kvrun.cache.session import FORMAT, Session, SessionStore, commit
@@ -49,6 +50,13 @@ def cache_identity(pool: Pool) -> str:
     """Stands for what a page's bytes mean: the layout and window of each group."""
     return _fingerprint([[asdict(memory.layout) | {"n_pages": 0}, group.window, group.kv_heads, group.head_dim, len(group.layers)]
                          for memory, group in zip(pool.groups, pool.plan_groups, strict=True)])
+
+
+def pages_identity(files: ModelFiles, engine: Engine, weights: str = "auto") -> str:
+    """Stands for all that a page's bytes depend on but its tokens: what a page means, and which arithmetic filled it."""
+    executor = engine.executor
+    return _fingerprint([model_identity(files), weights, cache_identity(engine.pool), repr(engine.spec.ropes), __version__, executor.name,
+                         getattr(executor, "isa", ""), getattr(executor, "device_name", "")])
 
 
 class SavedChat:

@@ -8,8 +8,8 @@ from functools import cache
 
 from kvrun.text.tokenizer import Tokenizer
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE = "\u2581"
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SPACE = "\u2581"
 
 
 @cache
@@ -40,11 +40,11 @@ class Detokenizer:
         if id in self._hidden or not 0 <= id < self._size or (piece := self._piece(id)) is None:
             return ""
         if self._byte_level:
-            return self._utf8.decode(_to_bytes(piece))
-        if byte := _BYTE.fullmatch(piece):
+            return self._utf8.decode(to_bytes(piece))
+        if byte := BYTE.fullmatch(piece):
             self._run.append(int(byte[1], 16))
             return ""
-        return self._leading(self._end_run() + piece.replace(_SPACE, " "))
+        return self._leading(self._end_run() + piece.replace(SPACE, " "))
 
     def flush(self) -> str:
         """What is still held back, with U+FFFD for an unfinished character; the detokenizer is as new after it, but in
@@ -69,7 +69,7 @@ class Detokenizer:
         return text
 
 
-def _to_bytes(piece: str) -> bytes:
+def to_bytes(piece: str) -> bytes:
     """The bytes of a byte-level piece; an added token that is not spelled in the alphabet stands for itself."""
     table = _bytes_of()
     try:

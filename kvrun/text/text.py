@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvrun.errors import ModelError
-from kvrun.text.detokenizer import Detokenizer
+from kvrun.text.detokenizer import BYTE, SPACE, Detokenizer, to_bytes
 from kvrun.text.tokenizer import open_tokenizer
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -101,6 +101,16 @@ class Text:
     def detokenizer(self, *, special: bool = False, continued: bool = False) -> Detokenizer:
         """A fresh incremental decoder; see Detokenizer."""
         return Detokenizer(self._tokenizer, special, continued)
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one token stands for in the middle of a text; those of its name for a special one."""
+        piece = self._tokenizer.piece(id)
+        if piece is None:
+            return b""
+        if self._tokenizer.decoding.byte_level:
+            return to_bytes(piece)
+        byte = BYTE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
     def token_text(self, id: int) -> str:
         """The text of one token by itself, special tokens included; bytes that make no character show as U+FFFD."""

@@ -1,0 +1,119 @@
+"""One answer of `kvrun run`: from a prompt's ids to what is printed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvrun.cli import options as opt
+from kvrun.errors import ContextFullError, UsageError
+
+if TYPE_CHECKING:
+    from kvrun.cache.prompt_cache import PromptCache
+    from kvrun.cli.run import RunOptions
+    from kvrun.cli.run_output import Output
+    from kvrun.engine import Engine
+    from kvrun.engine.events import Stop
+    from kvrun.hub.files import ModelFiles
+    from kvrun.terminal import Console
+    from kvrun.text.grammar import Constraint
+
+
+class Runner:
+    """A model that answers prompts in one way. continues: an answer goes on the prompt's own text, with no chat template between."""
+
+    def __init__(self, options: RunOptions, console: Console, files: ModelFiles, engine: Engine, schema: str | None) -> None:
+        self.options = options
+        self.console = console
+        self.files = files
+        self.engine = engine
+        self.continues = options.raw or not engine.text.has_template
+        self.sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
+        opt.set_overflow(options.overflow, engine, files, options.system, chat=not self.continues)
+        self._grammar = None
+        if schema is not None:
+            from kvrun.text.grammar import from_schema
+
+            self._grammar = from_schema(engine.text, schema, str(options.schema))
+        elif options.regex is not None:
+            from kvrun.text.grammar import from_regex
+
+            self._grammar = from_regex(engine.text, options.regex)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids that the model reads for `prompt`."""
+        options, text = self.options, self.engine.text
+        if self.continues:
+            if options.system:
+                raise UsageError(f"{options.model.model} has no chat template, so --system has no place; put it into the prompt")
+            return text.encode(prompt, bos=True)
+        messages = [{"role": "system", "content": options.system}] if options.system else []
+        return text.encode_chat([*messages, {"role": "user", "content": prompt}], add_generation_prompt=True)
+
+    def answer(self, ids: list[int]) -> int:
+        """Prints the answer to the prompt `ids` as the options want it. Returns the exit code."""
+        from kvrun.cli.report import stats_line
+        from kvrun.cli.run_output import CodeOutput, JsonLines, JsonOutput, TextOutput
+
+        options = self.options
+        kind = JsonOutput if options.json else JsonLines if options.jsonl else CodeOutput if options.extract else TextOutput
+        output = kind(self, ids)
+        cache = self._prompt_cache()
+        if cache is not None:
+            cache.load(ids)
+        end = self.generate(ids, output, cache)
+        output.end(end)
+        if cache is not None:
+            cache.save()
+        if options.stats:
+            self.console.report(stats_line(self.engine, self.sampler, end))
+        if end.reason == "interrupt":
+            return 130
+        output.check(end)
+        if end.reason == "context":
+            raise ContextFullError(f"the answer was cut: prompt and answer fill all {self.engine.n_ctx} tokens of context; "
+                                   "use a larger --n-ctx, --max-tokens, or --overflow evict")
+        return 0
+
+    def _prompt_cache(self) -> PromptCache | None:
+        if not self.options.prompt_cache or self.options.echo:
+            return None
+        from kvrun.cache.prompt_cache import PromptCache
+        from kvrun.engine.saved import pages_identity
+
+        return PromptCache(pages_identity(self.files, self.engine, self.options.model.weights), self.engine)
+
+    def constraint(self, ids: list[int]) -> Constraint | None:
+        """What an answer to the prompt `ids` may say."""
+        if self._grammar is None:
+            return None
+        from kvrun.text.reasoning import opened_by
+
+        return self._grammar.begin(None if self.continues else opened_by(prompt_end(self.engine, ids)))
+
+    def generate(self, ids: list[int], output: Output, cache: PromptCache | None = None) -> Stop:
+        """Runs one answer through `output`. Ctrl-C and SIGTERM end it."""
+        from kvrun.cli.interrupts import interrupts
+        from kvrun.engine.events import Prefill, Stop, Token
+
+        options = self.options
+        events = self.engine.generate(ids, sampler=self.sampler, max_tokens=options.sampling.max_tokens, stop=options.sampling.stop,
+                                      logprobs=options.logprobs or 0, echo=options.echo, continued=self.continues,
+                                      constraint=self.constraint(ids))
+        first = True
+        with interrupts(self.engine):
+            for event in events:
+                if isinstance(event, Stop):
+                    return event
+                if isinstance(event, Prefill):
+                    self.console.progress("reading the prompt", event.done, event.total, unit="tokens")
+                output.event(event)
+                if first and isinstance(event, Token) and cache is not None:
+                    cache.keep()
+                    first = False
+        raise AssertionError("a generation ends with Stop")
+
+
+def prompt_end(engine: Engine, ids: list[int]) -> str:
+    """The text of a prompt's last ids, special tokens included: enough to spell the beginning of a reasoning block."""
+    decode = engine.text.detokenizer(special=True, continued=True)
+    return "".join(decode.push(i) for i in ids[-16:]) + decode.flush()
