@@ -4,56 +4,12 @@
 // The positions of a sequence are cut into parts by a fixed rule, and a part is reduced page by page, so a row's result
 // depends on nothing but its own positions: not on the rows beside it nor on pages that left the window. All query heads of a
 // KV head are in one block, so that each cached byte is read once. Prompt rows go the same way with one part for all pages.
+#include "attend.cuh"
 #include "attend_k.cuh"
 #include "attend_v.cuh"
-#include "launch.cuh"
 #include "rotate.cuh"
 
 namespace kv {
-
-constexpr int kAttendThreads = 128;
-constexpr int kMaxTile = 4;                     // queries of a block
-constexpr float kLowest = -1e30f;               // stands for minus infinity without making NaN of a difference
-constexpr int64_t kBatchBytes = 64 << 20;       // part results of the rows that are worked on at a time
-
-// Number of the part that holds a page: one page each at first, then two, then four, so that long contexts have few parts.
-static __device__ __forceinline__ int part_of(int base) {
-    const int page = base / KV_PAGE;
-    return page < 64 ? page : page < 256 ? 64 + (page - 64) / 2 : 160 + (page - 256) / 4;
-}
-
-// How a launch cuts its rows: tiles of queries, each of `tile_rows` rows (or of a piece of one row's group), rows in batches.
-struct Tiles {
-    int group, tile_rows, pieces;               // pieces: tiles of one row, where a group is larger than a tile
-    int tile;                                   // queries of a tile, as the kernel is built for
-    int batch_rows, parts;                      // parts: slots for part results of a query
-};
-
-// Results of parts: o [batch_rows][heads][parts][dim], then (m, l) [batch_rows][heads][parts].
-struct PartResults {
-    float *o;
-    float2 *ml;
-    int parts;
-    __device__ __forceinline__ int64_t slot(int row, int heads, int head, int part) const { return ((int64_t)row * heads + head) * parts + part; }
-};
-
-// The rows of a tile and the pages that any of them sees: [first, last).
-struct Seen {
-    int begin, end, first, last;
-    __device__ __forceinline__ Seen(const kv_op_attend &op, const kv_state *state, const kv_table &table, int begin_, int end_) : begin(begin_), end(end_) {
-        const int oldest = op.window ? state->pos[begin] - op.window + 1 : 0;
-        first = first_page(table, oldest > 0 ? oldest : 0);
-        last = last_page(table, state->pos[end - 1]) + 1;
-    }
-    // Whether a part begins at page i.
-    __device__ __forceinline__ bool begins(const kv_table &table, int i) const { return i == first || part_of(table.base[i - 1]) != part_of(table.base[i]); }
-};
-
-// Slots of the page at `base` that a row at pos sees.
-static __device__ __forceinline__ Slots slots_of(int base, int pos, int window) {
-    const int low = window ? pos - window + 1 - base : 0, high = pos - base + 1;
-    return {low > 0 ? low : 0, high < KV_PAGE ? high : KV_PAGE};
-}
 
 // Shared memory of a block, in floats.
 struct Layout {
@@ -278,22 +234,24 @@ static __global__ void combine(kv_op_attend op, const kv_state *state, Tiles til
     if (c < d) op.out[((int64_t)row * op.heads + head) * d + c] = y;
 }
 
+// Whether attend_tiles.cu has a kernel: 16-bit and quantized pages of heads that are whole groups of channels.
+static bool in_tiles(const kv_op_attend &op) { return op.head_dim % 32 == 0 && op.cache.k_dtype != KV_F32 && op.cache.v_dtype != KV_F32; }
+
 static Tiles tiles_of(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
     Tiles t;
     t.group = op.heads / op.kv_heads;
+    t.tile = !in_tiles(op) ? kPlainTile : bounds.prefill ? 32 : 16;
     t.parts = bounds.prefill || bounds.max_pages < 1 ? 1 : bounds.max_pages;
     const int64_t row_bytes = (int64_t)op.heads * t.parts * (op.head_dim + 2) * 4;
     t.batch_rows = (int)(kBatchBytes / row_bytes);
     if (t.batch_rows > bounds.max_rows) t.batch_rows = bounds.max_rows;
-    if (t.batch_rows > kMaxTile) t.batch_rows -= t.batch_rows % kMaxTile;     // so that batches end where tiles do
+    if (t.batch_rows > t.tile) t.batch_rows -= t.batch_rows % t.tile;         // so that batches end where tiles do
     if (t.batch_rows < 1) t.batch_rows = 1;
     // Rows share a block only where they are sure to be of one sequence.
-    t.tile_rows = bounds.max_seqs > 1 ? 1 : kMaxTile / t.group;
+    t.tile_rows = bounds.max_seqs > 1 ? 1 : t.tile / t.group;
     if (t.tile_rows > t.batch_rows) t.tile_rows = t.batch_rows;
     if (t.tile_rows < 1) t.tile_rows = 1;
-    const int queries = t.tile_rows * t.group;
-    t.tile = kMaxTile;
-    t.pieces = (queries + t.tile - 1) / t.tile;
+    t.pieces = (t.tile_rows * t.group + t.tile - 1) / t.tile;
     return t;
 }
 
@@ -308,12 +266,12 @@ cudaError_t launch_attend(const kv_op_attend &op, const Launch &l) {
     results.parts = t.parts;
     results.o = (float *)l.scratch;
     results.ml = (float2 *)(results.o + (int64_t)t.batch_rows * op.heads * t.parts * op.head_dim);
-    const auto kernel = attend<kMaxTile>;
-    const size_t shared = sizeof(float) * (size_t)Layout(op, t.tile).end;
+    const size_t shared = sizeof(float) * (size_t)Layout(op, kPlainTile).end;
     const kv_state *state = l.state;
     for (int row0 = 0; row0 < l.bounds.max_rows; row0 += t.batch_rows) {
-        const int blocks = (t.batch_rows + t.tile_rows - 1) / t.tile_rows * t.pieces;
-        cudaError_t error = launch_shared(kernel, dim3(t.parts, op.kv_heads, blocks), kAttendThreads, shared, l.stream, op, state, t, row0, results);
+        const dim3 grid(t.parts, op.kv_heads, (t.batch_rows + t.tile_rows - 1) / t.tile_rows * t.pieces);
+        cudaError_t error = in_tiles(op) ? launch_attend_tiles(op, state, t, row0, results, grid, l.stream)
+                                         : launch_shared(attend<kPlainTile>, grid, kAttendThreads, shared, l.stream, op, state, t, row0, results);
         if (error == cudaSuccess)
             error = launch(combine, dim3(t.batch_rows, op.heads), (op.head_dim + 31) / 32 * 32, l.stream, op, state, t, row0, results);
         if (error != cudaSuccess) return error;

@@ -9,8 +9,6 @@
 
 namespace kv {
 
-struct Slots { int low, high; };
-
 // sum[NQ][4] += weight[first token + i] * value[channel][i], i < TOKENS.
 template <int NQ, int TOKENS>
 static __device__ __forceinline__ void add_tokens(float (*value)[TOKENS], const float *weight, int token, Slots slots, float (*sum)[4]) {

@@ -22,6 +22,9 @@ static __device__ __forceinline__ int first_page(const kv_table &table, int pos)
     return low;
 }
 
+// Slots [low, high) of a page.
+struct Slots { int low, high; };
+
 static __device__ __forceinline__ const kv_table &table_of(const kv_state *state, const kv_cache &cache, int seq) {
     return state->table[(int64_t)cache.group * state->n_seqs + seq];
 }

@@ -70,7 +70,8 @@ def test_logits_follow_the_reference(open_tiny, rng, kv, dim, window):
     cost = spread(exact, want) if kv != "f32" else 0
     engine = open_tiny("simt", kv, dim=dim, window=window)
     got = logits_of(engine, ids[:122], chunk=16)
-    assert spread(got, want[:122]) <= 0.1 * cost + 1e-5
+    # Prompt rows round q and the probabilities once, to what the cache has: bfloat16 of a 16-bit one here.
+    assert spread(got, want[:122]) <= (1.5 if kv == "f16" else 0.3) * cost + 1e-5
     while (start := engine.sequence.length) < len(ids):          # the rest in decode rows
         engine.sequence.extend(1)
         engine.executor.step(Batch(tokens=[ids[start]], positions=[start], tables=[[t] for t in engine.sequence.tables()], out_rows=[0]))

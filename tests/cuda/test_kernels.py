@@ -11,11 +11,28 @@ from ..kernels import test_quant_cache as quantized
 from ..kernels import test_sample as sampling
 from ..kernels.plans import PAGE, Cache, floats, pointer, poisoned
 from ..kernels.test_linear import FORMATS, Matrix
-from ..kernels.test_quant_cache import compare, filled, last_rows
+from ..kernels.test_quant_cache import filled, last_rows
 
 PLAIN = [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("f16", "f32"), ("bf16", "f16")]
 PAIRS = [("q8", "q8"), ("q4", "q4"), ("q8", "q4"), ("q4", "q8"), ("bf16", "q4"), ("q8", "f16"), ("q4", "bf16")]
 ids = "/".join
+
+
+def tolerance(prefill: bool, head_dim: int, *dtypes: str) -> float:
+    """Of attention: decode rows have about 16 bits of q and of probabilities, prompt rows 11, or 8 where one of the two meets
+    bfloat16; heads that are no whole groups of channels, and float32, are computed in float32."""
+    if head_dim % 32 or "f32" in dtypes:
+        return 2e-5
+    eight = "bf16" in dtypes or "q4" in dtypes              # a 4-bit cache keeps some pages in bfloat16
+    return (0.03 if eight else 0.004) if prefill else (1e-4 if eight else 2e-5)
+
+
+def check(machine, rng, *, head_dim, dtypes=("bf16", "bf16"), prefill=False, **settings):
+    attention.check(machine, rng, head_dim=head_dim, dtypes=dtypes, prefill=prefill, tolerance=tolerance(prefill, head_dim, *dtypes), **settings)
+
+
+def compare(machine, rng, rows, positions, *, prefill, **settings):
+    quantized.compare(machine, rng, rows, positions, prefill=prefill, tolerance=tolerance(prefill, rows.cache.head_dim, *rows.cache.dtypes.values()), **settings)
 
 
 # ---- linear, embed ----
@@ -112,31 +129,32 @@ def test_append_without_its_page_is_a_bad_plan(machine, rng):
 def test_attend(machine, rng, length, window, dtypes):
     group, head_dim = int(rng.integers(1, 9)), int(rng.choice([64, 80, 96, 128, 256]))
     for rows, prefill in ((1, False), (min(length, 6), False), (min(length, 6), True)):
-        attention.check(machine, rng, head_dim=head_dim, group=group, kv_heads=int(rng.integers(1, 3)), length=length, window=window, rows=rows,
+        check(machine, rng, head_dim=head_dim, group=group, kv_heads=int(rng.integers(1, 3)), length=length, window=window, rows=rows,
                         prefill=prefill, dtypes=dtypes)
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256])
 @pytest.mark.parametrize("dtypes", PLAIN[:3], ids=ids)
 def test_attend_head_sizes(machine, rng, head_dim, dtypes):
-    attention.check(machine, rng, head_dim=head_dim, group=int(rng.integers(1, 5)), length=int(rng.integers(130, 200)), dtypes=dtypes)
+    for rows, prefill in ((1, False), (3, True)):
+        check(machine, rng, head_dim=head_dim, group=int(rng.integers(1, 5)), length=int(rng.integers(130, 200)), dtypes=dtypes, rows=rows, prefill=prefill)
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 8, 9, 16, 20])
 def test_attend_groups(machine, rng, group):
     for rows, prefill in ((1, False), (5, False), (5, True)):
-        attention.check(machine, rng, head_dim=32, group=group, kv_heads=1, rows=rows, length=150, prefill=prefill)
+        check(machine, rng, head_dim=32, group=group, kv_heads=1, rows=rows, length=150, prefill=prefill)
 
 
 @pytest.mark.parametrize("prefill", [False, True])
 def test_softcap_and_sinks(machine, rng, prefill):
     for softcap, sinks in ((2.0, False), (0.0, True), (30.0, True)):
-        attention.check(machine, rng, head_dim=64, group=2, softcap=softcap, sinks=sinks, rows=5, prefill=prefill)
+        check(machine, rng, head_dim=64, group=2, softcap=softcap, sinks=sinks, rows=5, prefill=prefill)
 
 
 @pytest.mark.parametrize("prefill", [False, True])
 def test_holes(machine, rng, prefill):
-    attention.check(machine, rng, head_dim=32, group=3, kv_heads=1, length=1500, holes=(0, 2, 3, 4, 8), window=700 * prefill, rows=3, prefill=prefill)
+    check(machine, rng, head_dim=32, group=3, kv_heads=1, length=1500, holes=(0, 2, 3, 4, 8), window=700 * prefill, rows=3, prefill=prefill)
 
 
 def test_parts_of_several_pages(machine, rng):
@@ -149,12 +167,26 @@ def test_parts_of_several_pages(machine, rng):
         out = attention.attend(machine, cache, qkv, 2, positions, [sequence.table])
         for row, pos in enumerate(positions):
             want = sequence.expected(qkv[row, :64].reshape(2, 32), pos, 2, 0.125, 0, 0.0, None)
-            np.testing.assert_allclose(out[row], want, rtol=2e-5, atol=2e-5)
+            np.testing.assert_allclose(out[row], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefill", [False, True])
-def test_several_sequences(machine, rng, prefill):
-    attention.test_several_sequences(machine, rng, prefill)
+@pytest.mark.parametrize("head_dim", [48, 64])
+def test_several_sequences(machine, rng, head_dim, prefill):
+    """Rows of several sequences never share a tile."""
+    heads, kv_heads = 4, 2
+    pages = list(rng.permutation(12))
+    cache = Cache(12, kv_heads, head_dim, "f16", "f16")
+    sequences = [attention.Sequence(rng, cache, length, pages) for length in (5, 129, 300)]
+    counts = [2, 7, 3]
+    seq = np.repeat(np.arange(3), counts)
+    positions = np.concatenate([np.arange(s.length - n, s.length) for s, n in zip(sequences, counts, strict=True)])
+    qkv = floats(rng, len(seq), (heads + 2 * kv_heads) * head_dim)
+    out = attention.attend(machine, cache, qkv, heads, positions, [s.table for s in sequences], seq=seq, prefill=prefill)
+    within = tolerance(prefill, head_dim, "f16")
+    for row, (s, pos) in enumerate(zip(seq, positions, strict=True)):
+        want = sequences[s].expected(qkv[row, : heads * head_dim].reshape(heads, head_dim), pos, 2, 0.125, 0, 0.0, None)
+        np.testing.assert_allclose(out[row], want, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("window", [0, 130])

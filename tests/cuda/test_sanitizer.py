@@ -39,7 +39,7 @@ def test_no_report(sanitized):
     """Each kernel at least once, in every format."""
     _, folder, runtime = sanitized
     which = ("(test_linear and 75-96) or test_embed or test_norm or test_act or test_rope or test_gather or test_unpack or (test_append and 64-64)"
-             " or (test_attend and 129-100) or (head_sizes and 80) or (to_the_bit and (48 or 64)) or (quantized_lengths and 129)"
+             " or (test_attend and 129-100) or (head_sizes and (80 or 192)) or (to_the_bit and (48 or 64)) or (quantized_lengths and 129)"
              " or (test_draws and (0.9 or 50)) or (penalty and 0.9) or two_sequences or advance")
     done = run(folder / "libkvrun_simt.so", runtime, which)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,0 +1,54 @@
+// attend.cuh - what the attention kernels share: how rows, pages and parts are cut, and where part results lie.
+#pragma once
+#include "launch.cuh"
+#include "pages.cuh"
+
+namespace kv {
+
+constexpr int kAttendThreads = 128;
+constexpr int kPlainTile = 4;                   // queries of a block without matrix instructions
+constexpr float kLowest = -1e30f;               // stands for minus infinity without making NaN of a difference
+constexpr int64_t kBatchBytes = 64 << 20;       // part results of the rows that are worked on at a time
+
+// Number of the part that holds a page: one page each at first, then two, then four, so that long contexts have few parts.
+static __device__ __forceinline__ int part_of(int base) {
+    const int page = base / KV_PAGE;
+    return page < 64 ? page : page < 256 ? 64 + (page - 64) / 2 : 160 + (page - 256) / 4;
+}
+
+// How a launch cuts its rows: tiles of queries, each of `tile_rows` rows (or of a piece of one row's group), rows in batches.
+struct Tiles {
+    int group, tile_rows, pieces;               // pieces: tiles of one row, where a group is larger than a tile
+    int tile;                                   // queries of a tile, as the kernel is built for
+    int batch_rows, parts;                      // parts: slots for part results of a query
+};
+
+// Results of parts: o [batch_rows][heads][parts][dim], then (m, l) [batch_rows][heads][parts].
+struct PartResults {
+    float *o;
+    float2 *ml;
+    int parts;
+    __device__ __forceinline__ int64_t slot(int row, int heads, int head, int part) const { return ((int64_t)row * heads + head) * parts + part; }
+};
+
+// The rows of a tile and the pages that any of them sees: [first, last).
+struct Seen {
+    int begin, end, first, last;
+    __device__ __forceinline__ Seen(const kv_op_attend &op, const kv_state *state, const kv_table &table, int begin_, int end_) : begin(begin_), end(end_) {
+        const int oldest = op.window ? state->pos[begin] - op.window + 1 : 0;
+        first = first_page(table, oldest > 0 ? oldest : 0);
+        last = last_page(table, state->pos[end - 1]) + 1;
+    }
+    // Whether a part begins at page i.
+    __device__ __forceinline__ bool begins(const kv_table &table, int i) const { return i == first || part_of(table.base[i - 1]) != part_of(table.base[i]); }
+};
+
+// Slots of the page at `base` that a row at pos sees.
+static __device__ __forceinline__ Slots slots_of(int base, int pos, int window) {
+    const int low = window ? pos - window + 1 - base : 0, high = pos - base + 1;
+    return {low > 0 ? low : 0, high < KV_PAGE ? high : KV_PAGE};
+}
+
+cudaError_t launch_attend_tiles(const kv_op_attend &, const kv_state *, const Tiles &, int row0, const PartResults &, dim3 grid, cudaStream_t);
+
+}  // namespace kv
