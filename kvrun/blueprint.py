@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvrun.cache.planner import DEFAULT_HEADROOM, MemoryPlan, available_memory, largest_n_ctx, pool_layouts, usable
+from kvrun.cache.planner import DEFAULT_HEADROOM, MemoryPlan, available_memory, largest_n_ctx, pool_layouts, resident_memory, usable
 from kvrun.errors import OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ DEFAULT_N_CTX = 8192
 """n_ctx when neither the user nor the alias says: this, or the trained length where that is less."""
 DEFAULT_CHUNK = 512
 """The most prompt rows of a step."""
+_TO_COME = {"cpu": 33 << 20, "simt": 33 << 20, "reference": 290 << 20}
+"""What a process takes beside its tensors and its tokenizer after a Blueprint is made, by device: libraries that are loaded
+later (torch for reference), threads, buffers to read through. Measured with `kvrun run` and `chat` on Linux."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Blueprint:
             raise UsageError("the prefill chunk and the number of output rows must be at least 1")
         if shape.weights != "auto" and shape.device == "reference":
             raise UsageError(f"--weights {shape.weights}: the reference executor computes with the weights as they are; leave it out")
+        self._resident = resident_memory()
         self.files = files
         self.shape = shape
         self.spec: ModelSpec = load_spec(files.config, str(files.path))
@@ -158,10 +162,19 @@ class Blueprint:
         return pool_layouts(plan.groups, n_ctx=n_ctx, chunk=plan.max_rows, kv=self.formats(kv))
 
     def memory(self, kv: str, n_ctx: int) -> MemoryPlan:
-        """Everything that opening takes, to the byte."""
+        """Everything that opening takes; weights, cache and workspace to the byte."""
         layouts = self.layouts(kv, n_ctx)
         return MemoryPlan(n_ctx, self.weight_bytes, sum(layout.n_bytes for layout in layouts),
-                          self._workspace(n_ctx, max(layout.n_pages for layout in layouts), self.formats(kv)))
+                          self._workspace(n_ctx, max(layout.n_pages for layout in layouts), self.formats(kv)), self.program_bytes)
+
+    @functools.cached_property
+    def program_bytes(self) -> int:
+        """About what the process will have beside its tensors, where they lie in the same memory: 0 for cuda."""
+        if self.shape.device == "cuda":
+            return 0
+        from kvrun.text import memory_bytes
+
+        return self._resident + _TO_COME[self.shape.device] + memory_bytes(self.files, self.spec.vocab_size)
 
     def _workspace(self, n_ctx: int, max_pages: int, kv: tuple[str, str]) -> int:
         plan = self._sized_plan(n_ctx)
@@ -177,7 +190,7 @@ class Blueprint:
         return work_bytes(plan, max_pages=max_pages, threads=self.threads, kv=kv)
 
     def available(self) -> int | None:
-        """Bytes that may still be taken where the model will lie: the GPU's, or the system's. None: unknown."""
+        """Bytes that there are for the model and this process: the GPU's, or the system's. None: unknown."""
         if self.shape.device == "cuda":
             from kvrun.backends.cuda import free_memory
 

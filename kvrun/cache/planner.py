@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from kvrun.cache.pages import pages_needed
 from kvrun.errors import OutOfMemoryError
 
 DEFAULT_HEADROOM = 0.10
-"""Share of the available memory that is left alone: for the text side of a model, Python, and other programs."""
+"""Share of the available memory that is left alone, for other programs."""
 
 
 def pool_layouts(groups: tuple[CacheGroup, ...], *, n_ctx: int, chunk: int, kv: tuple[str, str]) -> list[GroupLayout]:
@@ -39,21 +40,32 @@ def attended_bytes(groups: tuple[CacheGroup, ...], layouts: list[GroupLayout], d
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What opening a model takes, in bytes. workspace: activations, logits and kernel scratch."""
+    """What a process with an open model takes, in bytes. workspace: activations, logits and kernel scratch. program: Python,
+    libraries and the tokenizer; an estimate, where the others are exact."""
 
     n_ctx: int
     weights: int
     cache: int
     workspace: int
+    program: int = 0
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.weights + self.cache + self.workspace
+        return self.weights + self.cache + self.workspace + self.program
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: the system's, or its control group's if that is less. None: unknown."""
+    """Bytes that this process may have in all, what it has now included: the system's, or its control group's if that is
+    less. None: unknown."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -64,7 +76,7 @@ def available_memory() -> int | None:
             limits.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):
         pass  # another system, or no control groups
-    return min(limits) if limits else None
+    return min(limits) + resident_memory() if limits else None
 
 
 def usable(available: int | None, headroom: float = DEFAULT_HEADROOM) -> int | None:
@@ -97,4 +109,4 @@ def check_fits(plan_for: Callable[[int], MemoryPlan], n_ctx: int, available: int
     mib = 2**20
     raise OutOfMemoryError(
         f"{plan.total / mib:.0f} MiB needed for n_ctx {n_ctx} (weights {plan.weights / mib:.0f}, cache {plan.cache / mib:.0f}, "
-        f"workspace {plan.workspace / mib:.0f}), {limit / mib:.0f} MiB usable of {available / mib:.0f} MiB available; {advice}")
+        f"workspace {plan.workspace / mib:.0f}, program {plan.program / mib:.0f}), {limit / mib:.0f} MiB usable of {available / mib:.0f} MiB available; {advice}")

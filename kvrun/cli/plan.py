@@ -111,7 +111,7 @@ def survey(blueprint: Blueprint, wanted: int | str | None, kv: str, headroom: fl
         "trained_n_ctx": trained, "available_bytes": available, "headroom_percent": headroom, "usable_bytes": limit,
         "read_bytes_per_second": speed,
         "weights_bytes": chosen.weights, "cache_bytes": chosen.cache, "workspace_bytes": chosen.workspace,
-        "total_bytes": chosen.total, "fits": fits(chosen.total), "tokens_per_second": rate(kv, n_ctx),
+        "program_bytes": chosen.program, "total_bytes": chosen.total, "fits": fits(chosen.total), "tokens_per_second": rate(kv, n_ctx),
         "bytes_per_token": token_bytes(layouts),
         "groups": [{"layers": len(g.layers), "window": g.window, "pages": layout.n_pages, "cache_bytes": layout.n_bytes,
                     "bytes_per_token": token_bytes([layout])} for g, layout in zip(groups, layouts, strict=True)],
@@ -157,6 +157,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     if len(report["groups"]) > 1:
         out.append(f"  all cache  {human_bytes(report['cache_bytes']):>10}   {human_bytes(report['bytes_per_token'])} a token")
     out += [f"  workspace  {human_bytes(report['workspace_bytes']):>10}",
+            *([f"  program    {human_bytes(report['program_bytes']):>10}   Python, libraries, tokenizer: an estimate"] if report["program_bytes"] else []),
             f"  total      {human_bytes(report['total_bytes']):>10}   {_verdict(report['fits'])}", ""]
     formats = list(report["largest_n_ctx"])
     cells = {(row["n_ctx"], row["kv"]): row for row in report["table"]}

@@ -135,7 +135,8 @@ class Model:
 
     def _memory(self, kvs: Items[str], n_ctx: int) -> MemoryPlan:
         plans = [self.blueprint.memory(kv, n_ctx) for kv in kvs]
-        return MemoryPlan(n_ctx, self.blueprint.weight_bytes, sum(p.cache for p in plans), sum(p.workspace for p in plans))
+        return MemoryPlan(n_ctx, self.blueprint.weight_bytes, sum(p.cache for p in plans), sum(p.workspace for p in plans),
+                          self.blueprint.program_bytes)
 
     def _open(self, kv: str, alone: bool) -> Track:
         allocate = Arena if self.device is None else self.device.allocate

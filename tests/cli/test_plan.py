@@ -62,12 +62,12 @@ def test_the_classic_figures(kvrun, shape_only):
     assert abs(report["weights_bytes"] / (2 * 8.03e9) - 1) < 0.01
     assert report["bytes_per_token"] == 131072 and report["cache_bytes"] == 4096 * 131072
     assert report["groups"] == [{"layers": 32, "window": 0, "pages": 32, "cache_bytes": 4096 * 131072, "bytes_per_token": 131072}]
-    assert report["total_bytes"] == report["weights_bytes"] + report["cache_bytes"] + report["workspace_bytes"]
+    assert report["total_bytes"] == sum(report[k] for k in ("weights_bytes", "cache_bytes", "workspace_bytes", "program_bytes"))
     assert report["trained_n_ctx"] == 131072
 
 
 def test_config_alone_says_what_the_weights_say(kvrun, random_folder, shape_only):
-    keys = ("weights_bytes", "cache_bytes", "workspace_bytes", "total_bytes", "groups", "bytes_per_token", "n_ctx")
+    keys = ("weights_bytes", "cache_bytes", "workspace_bytes", "groups", "bytes_per_token", "n_ctx")
     whole, shape = plan(kvrun, random_folder), plan(kvrun, shape_only)
     assert [whole[k] for k in keys] == [shape[k] for k in keys]
 
@@ -79,7 +79,7 @@ def test_the_table_is_every_length_by_every_format(kvrun, shape_only):
     assert set(report["largest_n_ctx"]) == set(KV_CHOICES)
     for row in report["table"]:
         assert row["fits"] == (row["total_bytes"] <= report["usable_bytes"]) == (row["n_ctx"] <= report["largest_n_ctx"][row["kv"]])
-        assert row["total_bytes"] == report["weights_bytes"] + row["cache_bytes"] + row["workspace_bytes"]
+        assert row["total_bytes"] == report["weights_bytes"] + row["cache_bytes"] + row["workspace_bytes"] + report["program_bytes"]
     speeds = [row["tokens_per_second"] for row in report["table"] if row["kv"] == "f16"]
     if report["read_bytes_per_second"]:
         assert speeds == sorted(speeds, reverse=True) and speeds[0] < report["read_bytes_per_second"] / report["weights_bytes"] * 1.2
