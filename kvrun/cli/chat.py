@@ -40,13 +40,13 @@ class ChatOptions:
 
 def chat(
     model: Annotated[str | None, typer.Argument(
-        metavar="MODEL", show_default=False,
+        metavar="MODEL", show_default=False, autocompletion=opt.complete_model,
         help="An alias of models.toml, a local folder, org/name[@revision], or a .gguf file. Default: that of models.toml.")] = None,
     system: opt.System = None,
     resume: Annotated[bool, typer.Option(
         "-c", "--continue", help="Go on with the session used last, or with --session's; its model, format and settings are the defaults.")] = False,
     session: Annotated[str | None, typer.Option(
-        "--session", metavar="NAME", show_default=False, help="Go on with this session, or begin it. Default: a new one, named by the time.")] = None,
+        "--session", metavar="NAME", show_default=False, autocompletion=opt.complete_session, help="Go on with this session, or begin it. Default: a new one, named by the time.")] = None,
     session_limit: Annotated[int | None, typer.Option(
         "--session-limit", metavar="MIB", min=0, show_default=False,
         help="What all sessions may take on disk; beyond it those used longest ago lose their cache, not their text. Default: 4096.")] = None,

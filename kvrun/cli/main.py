@@ -17,7 +17,7 @@ from kvrun.terminal import console, streams, termination
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 
-app = typer.Typer(name="kvrun", add_completion=False, rich_markup_mode=None,
+app = typer.Typer(name="kvrun", add_completion=True, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -73,6 +73,9 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     command = typer.main.get_command(app)
+    if "_KVRUN_COMPLETE" in os.environ:  # asked by the shell, in the words of its completion script
+        command.main(args, prog_name="kvrun", standalone_mode=False)
+        return 0
     if not args:  # nothing to do, but somebody who may want to know what there is
         console().out(command.get_help(command.context_class(command, info_name="kvrun")) + "\n")
         return UsageError.exit_code

@@ -33,8 +33,26 @@ def _n_ctx(text: str) -> int | str:
     return value
 
 
+def complete_model(incomplete: str) -> list[str]:
+    """Aliases and models on this machine, for the shell's completion."""
+    from kvrun.hub.catalog import load_catalog
+    from kvrun.hub.facts import local_models
+
+    catalog = load_catalog()
+    names = {*catalog.aliases, *(model.name for model in local_models(catalog))}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def complete_session(incomplete: str) -> list[str]:
+    """Saved sessions, for the shell's completion."""
+    from kvrun.cache.session import sessions_dir
+
+    folder = sessions_dir()
+    return sorted(path.name for path in folder.glob(f"{incomplete}*")) if folder.is_dir() else []
+
+
 Model = Annotated[str, typer.Argument(
-    metavar="MODEL", show_default=False, help="An alias of models.toml, a local folder, org/name[@revision], or a .gguf file.")]
+    metavar="MODEL", show_default=False, autocompletion=complete_model, help="An alias of models.toml, a local folder, org/name[@revision], or a .gguf file.")]
 NCtx = Annotated[int | None, typer.Option(
     "-n", "--n-ctx", metavar="N|max", parser=_n_ctx, show_default=False,
     help="Tokens of context, allocated at start; max is the most that fits. Default: the alias' value, else the trained length, at most 8192.")]

@@ -14,7 +14,7 @@ from kvrun.errors import StorageError
 session = typer.Typer(name="session", help="List, show, remove or export saved conversations.", rich_markup_mode=None, add_completion=False,
                       no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A session; 'kvrun session ls' lists them.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=opt.complete_session, help="A session; 'kvrun session ls' lists them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -89,7 +89,7 @@ def messages(document: dict[str, Any]) -> list[dict[str, str]]:
 
 
 @session.command()
-def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False, help="Sessions to remove.")]) -> None:
+def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False, autocompletion=opt.complete_session, help="Sessions to remove.")]) -> None:
     """Remove sessions, conversation and cache.
 
     \b

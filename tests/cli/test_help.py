@@ -67,3 +67,13 @@ def test_doctor_for_people(kvrun):
     assert result.returncode == 0 and result.stderr == b""
     for heading in (b"versions", b"native kernels", b"memory", b"cuda", b"places"):
         assert b"\n" + heading + b"\n" in b"\n" + result.stdout
+
+
+@pytest.mark.parametrize(("words", "offered"), [
+    ("kvrun ver", b"verify"), ("kvrun run smollm2-", b"smollm2-135m"), ("kvrun chat --mark", b"--markdown"), ("kvrun session exp", b"export"),
+])
+def test_the_shell_completes(environment, words, offered):
+    """As the script does that --install-completion writes for bash."""
+    result = subprocess.run([sys.executable, "-m", "kvrun"], capture_output=True, timeout=60, env=environment | {
+        "_KVRUN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)})
+    assert offered in result.stdout.split() and result.stderr == b""
