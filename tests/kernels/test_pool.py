@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ from .plans import Machine, floats, pointer, poisoned
 
 def tasks() -> set[str]:
     return set(os.listdir("/proc/self/task"))
+
+
+def left(before: set[str]) -> set[str]:
+    """Threads that are there and were not before. One that was joined may be listed for a moment yet."""
+    end = time.monotonic() + 10
+    while tasks() - before and time.monotonic() < end:
+        time.sleep(0.001)
+    return tasks() - before
 
 
 def norm_step(machine, rng):
@@ -36,7 +45,7 @@ def test_open_and_close_leave_no_thread(rng):
             assert len(tasks() - before) == threads - 1
             if i % 3:
                 norm_step(machine, rng)
-        assert tasks() == before
+        assert left(before) == set()
 
 
 @needs_proc
