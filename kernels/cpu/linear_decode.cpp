@@ -9,18 +9,25 @@
 namespace KV_NS {
 
 static constexpr int ROWS = 64;        // activation rows of one pass over the weights
-static constexpr int64_t AHEAD = 4096; // bytes that the prefetch runs ahead
 static constexpr int64_t RANGE = 12288; // bytes of weights that a thread takes at a time, about half a microsecond's worth
 static constexpr int64_t MOST_PARTS = 24;
 
-// TILE: activation rows that share a weight in registers. STREAMS: places that one row reads from at once, which keeps
-// more of the memory busy: 57 instead of 49 GB/s on two cores.
+// Activation rows that share a weight in registers.
 #if defined(__AVX512F__)
-static constexpr int TILE = 8, STREAMS = 2;
+static constexpr int TILE = 8;
 #elif defined(__AVX2__)
-static constexpr int TILE = 2, STREAMS = 2;
+static constexpr int TILE = 2;
 #else
-static constexpr int TILE = 1, STREAMS = 1;
+static constexpr int TILE = 1;
+#endif
+
+// How one row reads: from so many places at once, prefetching so many bytes ahead. Two cores read 57 instead of 49 GB/s
+// from the last-level cache with two streams; from memory, four streams with little ahead gained another tenth.
+struct Reading { int streams; int64_t ahead; };
+#if defined(__AVX2__)
+static constexpr Reading CACHE{2, 4096}, MEMORY{4, 1024};
+#else
+static constexpr Reading CACHE{1, 1024}, MEMORY{1, 1024};
 #endif
 
 // What a format multiplies with: rows of float32 and their sums over each group, or of digits.
@@ -39,7 +46,8 @@ template <class W> struct Floats {
         : x(x + row * groups * KV_GROUP), sums((const float *)prepared + row * groups), k(groups * KV_GROUP) {}
 
     // y[s][r] = sum over columns of the weights of the block at s*stride times x[r]
-    template <int R, int S> KV_INLINE void dot(const uint8_t *block, int64_t stride, int64_t groups, float *y) const {
+    template <int R, int S>
+    KV_INLINE void dot(const uint8_t *block, int64_t stride, int64_t groups, int64_t ahead, float *y) const {
         const f32x16 zero = splat(0.f);
         f32x16 total[S][R], even[S][R], odd[S][R];
 #pragma GCC unroll 4
@@ -51,7 +59,7 @@ template <class W> struct Floats {
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
                 const uint8_t *unit = block + s * stride;
-                for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(unit + AHEAD + b);
+                for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(unit + ahead + b);
                 if constexpr (W::SCALED) {
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) even[s][r] = odd[s][r] = zero;
@@ -95,7 +103,8 @@ template <class W> struct Digits {
 
     Digits(const float *, const char *prepared, int64_t row, int64_t groups) : x((const Group *)prepared + row * groups) {}
 
-    template <int R, int S> KV_INLINE void dot(const uint8_t *block, int64_t stride, int64_t groups, float *y) const {
+    template <int R, int S>
+    KV_INLINE void dot(const uint8_t *block, int64_t stride, int64_t groups, int64_t ahead, float *y) const {
         f32x16 total[S][R];
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++)
@@ -106,7 +115,7 @@ template <class W> struct Digits {
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
                 const uint8_t *unit = block + s * stride;
-                for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(unit + AHEAD + b);
+                for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(unit + ahead + b);
                 DigitSum d[R];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) d[r].start(W::OFFSET ? -W::OFFSET * from[r * groups].digit_sum : 0);
@@ -155,18 +164,19 @@ struct Pass {
     const kv_op_linear &op;
     const float *x;
     const char *prepared;
-    int64_t row, groups;               // first activation row of this pass
+    int64_t row, groups, ahead;        // first activation row of this pass; bytes of prefetch
 };
 
 // R activation rows times S blocks that lie `apart` blocks from each other.
 template <class W, int R, int S> static __attribute__((noinline)) void tile(const Pass &pass, int64_t block, int64_t apart, int r) {
     float y[S * R * KV_LANES];
     const int64_t bytes = pass.groups * W::UNIT;
-    Factors<W>(pass.x, pass.prepared, r, pass.groups).template dot<R, S>((const uint8_t *)pass.op.w.data + block * bytes, apart * bytes, pass.groups, y);
+    const uint8_t *data = (const uint8_t *)pass.op.w.data + block * bytes;
+    Factors<W>(pass.x, pass.prepared, r, pass.groups).template dot<R, S>(data, apart * bytes, pass.groups, pass.ahead, y);
     for (int s = 0; s < S; s++) linear_finish(pass.op, pass.row + r, R, block + s * apart, 1, y + s * R * KV_LANES, KV_LANES);
 }
 
-// A thread's share of the blocks, as STREAMS stretches of equal length and what is left over.
+// A thread's share of the blocks, as stretches of equal length, one for each stream, and what is left over.
 struct Share {
     int64_t first, length, rest;
 
@@ -183,15 +193,17 @@ template <class W> static void decode(const kv_op_linear &op, int rows, kv::Work
     const int64_t parts = worker.threads < MOST_PARTS ? worker.threads : MOST_PARTS;
     char *prepared = worker.scratch + worker.thread * prepared_bytes(op);
     for (int64_t row = 0; row < rows; row += ROWS) {
-        const int count = rows - row < ROWS ? (int)(rows - row) : ROWS, streams = count == 1 ? STREAMS : 1;
+        const int count = rows - row < ROWS ? (int)(rows - row) : ROWS;
+        const Reading how = worker.from_memory ? MEMORY : CACHE;
+        const int streams = count == 1 ? how.streams : 1;
         if (row) worker.barrier();     // there are only so many counters for split_parts
         auto share_of = [&](int64_t part) { return Share(blocks, part, parts, streams); };
         const Share own = share_of(worker.thread * parts / worker.threads);
         for (int s = 0; s < streams; s++) {
             const char *first = (const char *)op.w.data + (own.first + s * own.length) * block_bytes;
-            for (int64_t b = 0; b < AHEAD; b += 64) KV_PREFETCH(first + b);
+            for (int64_t b = 0; b < how.ahead; b += 64) KV_PREFETCH(first + b);
         }
-        Pass pass{op, op.x + row * k, prepared, row, groups};
+        Pass pass{op, op.x + row * k, prepared, row, groups, how.ahead};
         for (int r = 0; r < count; r++) Factors<W>::prepare(pass.x + r * k, groups, prepared + r * Factors<W>::bytes(groups));
         const int64_t range = RANGE / (block_bytes * streams);
         split_parts(worker, parts, range > 0 ? range : 1, [&](int64_t part) { return share_of(part).length + share_of(part).rest; },
@@ -199,7 +211,8 @@ template <class W> static void decode(const kv_op_linear &op, int rows, kv::Work
             const Share share = share_of(part);
             for (int64_t i = begin; i < end; i++) {
                 if (count == 1 && i < share.length) {
-                    tile<W, 1, STREAMS>(pass, share.first + i, share.length, 0);
+                    if (streams == MEMORY.streams) tile<W, 1, MEMORY.streams>(pass, share.first + i, share.length, 0);
+                    else tile<W, 1, CACHE.streams>(pass, share.first + i, share.length, 0);
                     continue;
                 }
                 const int64_t b = share.first + i + (streams - 1) * share.length;

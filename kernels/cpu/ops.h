@@ -13,6 +13,7 @@ struct Worker {
     char *scratch;                    // shared by the threads; kv_cpu_scratch() bytes, 64-byte aligned
     struct Pool *pool;
     uint32_t phase = 0;               // which shared counter the next split uses
+    bool from_memory = false;         // a step reads more weights than a cache holds
 
     void barrier();                   // waits for all threads of the step
     // Takes the next range of at most `grain` of [0, total) into begin, end; false when none is left. All threads

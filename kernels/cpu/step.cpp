@@ -25,6 +25,7 @@ struct Step {
     int n_ops;
     kv_state &state;
     char *scratch;
+    bool from_memory;
 };
 
 int rows_of(const kv_op &op, const kv_state &s) {
@@ -90,7 +91,7 @@ int run_small(const Step &step, int i) {
     for (; i < step.n_ops; i++) {
         if (rows_of(step.ops[i], step.state) == 0) continue;
         if (!is_small(step.ops[i], step.state)) break;
-        kv::Worker worker{0, 1, step.scratch, &cpu.solo, cpu.solo.clean};
+        kv::Worker worker{0, 1, step.scratch, &cpu.solo, cpu.solo.clean, step.from_memory};
         call(*cpu.table, step.ops[i], step.state, worker);
         worker.barrier();
         account(cpu, step.ops[i].kind);
@@ -114,7 +115,7 @@ void walk(void *p, int thread) {
     kv_cpu &cpu = step.cpu;
     cpu.table->thread_start();
     kv::FlushDenormals mode;
-    kv::Worker worker{thread, cpu.pool.threads, step.scratch, &cpu.pool, cpu.pool.clean};
+    kv::Worker worker{thread, cpu.pool.threads, step.scratch, &cpu.pool, cpu.pool.clean, step.from_memory};
     for (int i = run.first; i < step.n_ops; i++) {
         const kv_op &op = step.ops[i];
         if (rows_of(op, step.state) == 0 || is_small(op, step.state)) continue;   // see last_at_barrier
@@ -127,6 +128,15 @@ void walk(void *p, int thread) {
 bool good_linear(const kv_weight &w) {
     return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4;
 }
+
+// Bytes of weights that a step reads, and about how many of them a large last-level cache holds from step to step.
+int64_t weight_bytes(const kv_op *ops, int n_ops) {
+    int64_t bytes = 0;
+    for (int i = 0; i < n_ops; i++)
+        if (ops[i].kind == KV_OP_LINEAR) bytes += kv_pack_bytes(ops[i].linear.w.dtype, ops[i].linear.w.n, ops[i].linear.w.k);
+    return bytes;
+}
+const int64_t CACHED = 160 << 20;
 
 bool good_format(int dtype, int head_dim) {
     if (dtype == KV_Q8 || dtype == KV_Q4) return head_dim > 0 && head_dim % 16 == 0 && head_dim <= KV_MAX_QUANT_DIM;
@@ -247,7 +257,7 @@ EXPORT int32_t kv_cpu_step(kv_cpu *cpu, const kv_op *ops, int32_t n_ops, kv_stat
     if (!cpu || !ops || n_ops < 1 || !scratch || (uintptr_t)scratch % 64 || cpu->pool.forked()) return KV_BAD_PLAN;
     if (!good_state(ops, n_ops, *state)) return KV_BAD_PLAN;
     state->status = KV_OK;
-    Step step{*cpu, ops, n_ops, *state, (char *)scratch};
+    Step step{*cpu, ops, n_ops, *state, (char *)scratch, weight_bytes(ops, n_ops) > CACHED};
     cpu->mark = kv::now_ns();
     kv::FlushDenormals mode;
     cpu->table->thread_start();

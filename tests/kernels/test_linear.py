@@ -47,7 +47,7 @@ class Step:
     """A plan of one op, run with scratch of exactly the size asked for and poisoned with NaN."""
 
     def __init__(self, isa: str, threads: int) -> None:
-        self.isa, self.threads = ISAS[isa], threads
+        self.isa, self.threads, self.large = ISAS[isa], threads, False
         self.cpu = lib.kv_cpu_open(self.isa, threads)
         assert self.cpu
 
@@ -55,10 +55,14 @@ class Step:
         lib.kv_cpu_close(self.cpu)
 
     def run(self, kind: str, fields: dict, rows: int, prefill: bool, token: np.ndarray | None = None, n_out: int = 0) -> None:
-        ops = ffi.new("kv_op[]", 1)
+        count = 1 + self.large
+        ops = ffi.new("kv_op[]", count)
         ops[0].kind, ops[0].layer = getattr(lib, f"KV_OP_{kind.upper()}"), -1
         setattr(ops[0], kind, fields)
-        size = lib.kv_cpu_scratch(ops, 1, rows, 1, self.threads, self.isa)
+        if self.large:  # a matrix that no cache holds, for a row that is not wanted: it is never read
+            ops[1].kind = lib.KV_OP_LINEAR
+            ops[1].linear = {"w": {"n": 1 << 20, "k": 1024, "dtype": lib.KV_F32}, "rows": lib.KV_ROWS_OUT}
+        size = lib.kv_cpu_scratch(ops, count, rows, 1, self.threads, self.isa)
         room = np.full(size // 4 + 48, np.nan, dtype=np.float32)
         start = (-room.ctypes.data % 64) // 4
         scratch = room[start : start + size // 4]
@@ -67,7 +71,7 @@ class Step:
         arrays = {"token": zeros if token is None else token, "pos": index, "seq": zeros, "out_row": index}
         s = ffi.new("kv_state *", {"n_rows": rows, "n_out": n_out, "n_seqs": 1, "prefill": prefill,
                                    **{name: pointer(a, "int32_t *") for name, a in arrays.items()}})
-        assert lib.kv_cpu_step(self.cpu, ops, 1, s, pointer(scratch, "void *")) == lib.KV_OK
+        assert lib.kv_cpu_step(self.cpu, ops, count, s, pointer(scratch, "void *")) == lib.KV_OK
         assert np.isnan(room[start + size // 4 :]).all(), "wrote past its scratch"
 
     def linear(self, m: Matrix, x: np.ndarray, *, prefill: bool, bias=None, scale=1.0, softcap=0.0, onto=None, out_rows=False):
@@ -152,6 +156,19 @@ def test_rows_do_not_influence_each_other(rng, step, dtype, prefill):
         other = Step(step.name, threads)
         np.testing.assert_array_equal(other.linear(m, x, prefill=prefill), whole)
         other.close()
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_large_model_is_read_another_way(rng, step, dtype):
+    """In more streams at once: the same result, for any number of blocks."""
+    for n in (1, 16, 17, 48, 75, 139, 400):
+        m = Matrix(rng, dtype, n, 288)
+        x = rng.standard_normal((3, 288)).astype(np.float32)
+        want = step.linear(m, x, prefill=False)
+        step.large = True
+        np.testing.assert_array_equal(step.linear(m, x, prefill=False), want)
+        np.testing.assert_array_equal(step.linear(m, np.ascontiguousarray(x[1:2]), prefill=False), want[1:2])
+        step.large = False
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["decode", "prefill"])
