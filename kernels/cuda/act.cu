@@ -4,6 +4,7 @@
 namespace kv {
 
 static __global__ void act(kv_op_act op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_rows || i >= op.dim) return;
     const float *x = op.x + (int64_t)row * 2 * op.dim;

@@ -11,6 +11,7 @@ constexpr int kMaxDim = 256;
 
 // RMSNorm over a whole projection, in place, before any head of it is used. A block takes q or k of a row.
 static __global__ void norm_whole(kv_op_append op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x, is_k = blockIdx.y;
     if (row >= state->n_rows) return;
     const int dim = (is_k ? op.kv_heads : op.heads) * op.head_dim;
@@ -57,6 +58,7 @@ static __device__ void store_q8(char *page, float *x, int t, int dim, bool is_v,
 }
 
 static __global__ void append(kv_op_append op, kv_state *state) {
+    begin_kernel();
     __shared__ float heads_of_block[kWarps][kMaxDim];
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y * kWarps + warp;
     if (row == 0 && blockIdx.y == 0 && threadIdx.x == 0) state->appended += state->n_rows;

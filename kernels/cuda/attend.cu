@@ -28,6 +28,7 @@ struct Layout {
 
 template <int NQ>
 static __global__ void __launch_bounds__(kAttendThreads) attend(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
+    begin_kernel();
     KV_DYNAMIC_SHARED(float, shared);
     __shared__ float top[NQ], length[NQ], keep[NQ], constant[NQ];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kAttendThreads / 32;
@@ -202,6 +203,7 @@ static __global__ void __launch_bounds__(kAttendThreads) attend(kv_op_attend op,
 
 // A block adds the parts of a query up in their order; a thread has a channel.
 static __global__ void combine(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults in) {
+    begin_kernel();
     __shared__ float result[KV_MAX_QUANT_DIM];
     const int row = row0 + blockIdx.x, head = blockIdx.y, d = op.head_dim, c = threadIdx.x;
     if (row >= state->n_rows) return;

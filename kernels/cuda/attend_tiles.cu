@@ -250,6 +250,7 @@ static __device__ __forceinline__ float greatest(const uint16_t *scales, Slots s
 // MT: tiles of 16 queries of a block. NG: groups of 32 channels that a warp sums at most.
 template <int MT, int NG, int TERMS>
 static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
+    begin_kernel();
     constexpr int kTile = 16 * MT;
     KV_DYNAMIC_SHARED(float, shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

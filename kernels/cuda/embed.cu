@@ -6,6 +6,7 @@ namespace kv {
 
 // A thread takes a pair of columns: in the 16-bit formats the pair is one word.
 static __global__ void embed(kv_op_embed op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x, k = op.w.k;
     const int pair = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_rows || 2 * pair >= k) return;

@@ -4,6 +4,7 @@
 namespace kv {
 
 static __global__ void gather(kv_op_gather op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_out || i >= op.dim) return;
     op.out[(int64_t)row * op.dim + i] = op.x[(int64_t)state->out_row[row] * op.dim + i];
@@ -15,6 +16,7 @@ cudaError_t launch_gather(const kv_op_gather &op, const Launch &l) {
 
 // token and pos are const to all ops but this one.
 static __global__ void advance(kv_state *state) {
+    begin_kernel();
     for (int i = threadIdx.x; i < state->n_rows; i += blockDim.x) {
         const int next = state->next[i];
         ((int32_t *)state->token)[i] = next < 0 ? 0 : next;      // of logits that were not finite nothing was drawn

@@ -14,20 +14,55 @@ inline dim3 row_grid(int rows, int columns, int per_thread = 1) {
     return dim3(rows, (columns + tile - 1) / tile);
 }
 
+// The first statement of every kernel, before any thread returns. On Hopper and later a kernel may be started while the one
+// before it on the stream still runs (programmatic dependent launch): this lets the next one start, and waits until all before
+// is done and can be seen. What comes before it may read weights and nothing else. The emulator counts who has been here.
+static __device__ __forceinline__ void begin_kernel() {
+#if defined(KVRUN_SIMT)
+    simt::begun++;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#ifndef KVRUN_SIMT
+// Whether kernels of the current device may overlap as begin_kernel() says.
+inline bool overlaps() {
+    static int known[64];         // by device: 0 not asked yet, 1 no, 2 yes
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+    if (!known[device]) known[device] = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 ? 2 : 1;
+    return known[device] == 2;
+}
+#endif
+
 // Reports what the launch itself can tell: cudaSuccess does not mean that the kernel has run.
 template <class... Params, class... Args>
 cudaError_t launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #ifdef KVRUN_SIMT
     (void)stream;
-    return simt::launch(grid, block, shared_bytes, [&] { kernel(args...); });
+    simt::begun = 0;
+    const cudaError_t error = simt::launch(grid, block, shared_bytes, [&] { kernel(args...); });
+    const uint64_t threads = (uint64_t)grid.x * grid.y * grid.z * block.x * block.y * block.z;
+    return error == cudaSuccess && simt::begun != threads ? cudaErrorInvalidValue : error;
 #else
     if (shared_bytes > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
         if (error != cudaSuccess) return error;
     }
-    kernel<<<grid, block, shared_bytes, stream>>>(args...);
-    return cudaGetLastError();
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps() ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args...);
 #endif
 }
 template <class... Params, class... Args>

@@ -8,16 +8,23 @@
 namespace kv {
 
 constexpr int kMaxWarps = 16;
-constexpr int kAhead = 4;         // tiles that a warp asks for before it uses the first
 
 template <class Tile, int ROWS>
 static __global__ void __launch_bounds__(32 * kMaxWarps) linear(kv_op_linear op, const kv_state *state) {
     __shared__ float part[kMaxWarps][ROWS][16];
-    const int rows = rows_of(op.rows, state), row0 = blockIdx.y * ROWS;
-    if (row0 >= rows) return;
     const int k = op.w.k, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int tiles = (k + Tile::kColumns - 1) / Tile::kColumns;
     const uint8_t *w = (const uint8_t *)op.w.data + blockIdx.x * weight_block_bytes(op.w.dtype, k);
+    constexpr int kAhead = ROWS == 1 ? 8 : 4;             // tiles that a warp has asked for and not used
+    typename Tile::Data data[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {                    // weights never change, so this need not wait for the op before
+        const int tile = warp + i * warps;
+        if (tile < tiles) data[i] = Tile::load(w + (int64_t)tile * Tile::kBytes, lane, k - tile * Tile::kColumns);
+    }
+    begin_kernel();
+    const int rows = rows_of(op.rows, state), row0 = blockIdx.y * ROWS;
+    if (row0 >= rows) return;
     const float *x[ROWS];
     float sum[ROWS][4];
 #pragma unroll
@@ -25,27 +32,15 @@ static __global__ void __launch_bounds__(32 * kMaxWarps) linear(kv_op_linear op,
         x[r] = op.x + (int64_t)(row0 + r < rows ? row0 + r : row0) * k;
         sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = 0;
     }
-    int tile = warp;
-    for (; tile + (kAhead - 1) * warps < tiles; tile += kAhead * warps) {
-        typename Tile::Data data[kAhead];
+    for (int from = warp; from < tiles; from += kAhead * warps)
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
-            const int t = tile + i * warps;
-            data[i] = Tile::load(w + (int64_t)t * Tile::kBytes, lane, k - t * Tile::kColumns);
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; i++) {
-            const int column = (tile + i * warps) * Tile::kColumns;
+            const int tile = from + i * warps, next = tile + kAhead * warps, column = tile * Tile::kColumns;
+            if (tile >= tiles) break;
 #pragma unroll
             for (int r = 0; r < ROWS; r++) Tile::dot(data[i], x[r] + column, lane, k - column, sum[r]);
+            if (next < tiles) data[i] = Tile::load(w + (int64_t)next * Tile::kBytes, lane, k - next * Tile::kColumns);
         }
-    }
-    for (; tile < tiles; tile += warps) {
-        const int column = tile * Tile::kColumns;
-        const typename Tile::Data data = Tile::load(w + (int64_t)tile * Tile::kBytes, lane, k - column);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) Tile::dot(data, x[r] + column, lane, k - column, sum[r]);
-    }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll

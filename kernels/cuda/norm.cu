@@ -5,6 +5,7 @@ namespace kv {
 
 // A block takes a row. out may be x: each element is read last by the thread that writes it.
 static __global__ void norm(kv_op_norm op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x;
     if (row >= rows_of(op.rows, state)) return;
     const float *x = op.x + (int64_t)row * op.dim;

@@ -4,6 +4,7 @@
 namespace kv {
 
 static __global__ void rope(kv_op_rope op, const kv_state *state) {
+    begin_kernel();
     const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_rows || i >= op.half) return;
     const float angle = (float)state->pos[row] * op.inv_freq[i];  // up to n_ctx radians: never the fast intrinsics

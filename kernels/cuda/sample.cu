@@ -63,6 +63,7 @@ static __device__ __forceinline__ bool penalizes(const kv_sampler &s) { return s
 constexpr u64 kNotFinite = ~0ull;
 
 static __global__ void scan_logits(kv_op_sample op, const kv_state *state, Draws d) {
+    begin_kernel();
     __shared__ u64 best_of[kThreads / 32];
     const int row = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (!state->sampler || row >= state->n_out) return;
@@ -179,6 +180,7 @@ template <class Item> static __device__ Cut select(int n, u64 need, Item item) {
 }
 
 static __global__ void __launch_bounds__(kDrawThreads) draw(kv_op_sample op, kv_state *state, Draws d) {
+    begin_kernel();
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (!state->sampler || row >= state->n_out) return;
     const kv_sampler s = state->sampler[row];

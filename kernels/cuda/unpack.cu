@@ -5,6 +5,7 @@
 namespace kv {
 
 static __global__ void unpack(kv_weight w, int64_t row0, int64_t rows, void *out, int32_t dtype) {
+    begin_kernel();
     const int64_t row = (int64_t)blockIdx.y * blockDim.y + threadIdx.y;
     const int pair = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows || 2 * pair >= w.k) return;

@@ -18,6 +18,7 @@
 namespace simt {
 
 Place place;
+uint64_t begun = 0;
 
 constexpr size_t kStack = 64 * 1024;
 constexpr unsigned kMaxThreads = 1024;

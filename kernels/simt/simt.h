@@ -43,6 +43,7 @@ namespace simt {
 // What the running thread sees. Plain globals: one launch runs at a time.
 struct Place { uint3 thread, block; dim3 block_size, grid_size; };
 extern Place place;
+extern uint64_t begun;                           // threads that came to begin_kernel() of launch.cuh since a launch began
 
 // Runs `thread` for every thread of every block. shared_bytes: dynamic shared memory, every byte 0xFF when a block begins.
 // cudaErrorLaunchTimeout: all threads of a block wait, and none can go on.

@@ -12,7 +12,7 @@ import pytest
 from .emulator import KERNELS, SANITIZE, build
 
 HERE = Path(__file__).parent
-FLAGS = [*SANITIZE, "-O1"]
+FLAGS = [*SANITIZE, "-O1", "-g0"]
 
 
 @pytest.fixture(scope="module")
