@@ -9,6 +9,8 @@ from kvrun.errors import UsageError
 
 PAGE = 128
 """Token slots of a page: KV_PAGE of kernels/kvrun.h."""
+SHORTEST_KEPT = 2 * PAGE
+"""Prompts below this many tokens are computed sooner than they are read from disk."""
 LANES = 16
 """Tokens of a K block: KV_LANES."""
 SINKS = 16

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvrun.cache.formats import PAGE
+from kvrun.cache.formats import PAGE, SHORTEST_KEPT
 from kvrun.cache.pages import SequenceState
 from kvrun.cache.session_pages import DamagedPageError, digest
 from kvrun.errors import ContextFullError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 LIMIT = 2 << 30
 """Bytes that all prompts together may take."""
-SHORTEST = 2 * PAGE
-"""Prompts below this many tokens are computed sooner than they are read."""
 
 
 def prompts_dir() -> Path:
@@ -72,7 +70,7 @@ class PromptCache:
         """Puts the longest known beginning of the prompt `ids` into the engine's empty cache. Returns how many tokens that is: all but
         the last at most, whose logits are wanted."""
         self._set_keys(ids)
-        if len(ids) < SHORTEST or len(ids) > self._engine.n_ctx:
+        if len(ids) < SHORTEST_KEPT or len(ids) > self._engine.n_ctx:
             return 0
         state = self._longest((len(ids) - 1) // PAGE)
         if state is None:
@@ -124,7 +122,7 @@ class PromptCache:
 
     def keep(self) -> None:
         """Called when the prompt has been read and its answer begins: copies what that answer may overwrite."""
-        if len(self._keys) * PAGE < SHORTEST:
+        if len(self._keys) * PAGE < SHORTEST_KEPT:
             return
         self._copies = [(self._name(page, group), self._pool.page(group, number).copy())
                         for group, page, number in self._here() if self._windows[group] and not self._has(self._name(page, group))]
@@ -143,7 +141,7 @@ class PromptCache:
     def save(self) -> None:
         """Called when the answer has ended: writes the pages of the prompt that are not there. A disk that is full or read-only is no
         failure: it is a cache."""
-        if len(self._keys) * PAGE < SHORTEST:
+        if len(self._keys) * PAGE < SHORTEST_KEPT:
             return
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

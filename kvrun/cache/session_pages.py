@@ -138,7 +138,7 @@ class PageArchive:
                         self._write(group, base, pages[base], min(PAGE, self._sequence.length - base))
             self.marks = [mark for mark in self.marks if mark.count < count][1 - MARKS :] + [Mark(count, state, self._write_side())]
         except OSError as error:
-            self.failed = f"{error.filename or self.folder}: {error.strerror or error}"
+            self.failed = f"{self.folder}: {error.strerror or error}"
 
     def _write(self, group: int, base: int, page: int, rows: int) -> None:
         known = self.saved.get((group, base))

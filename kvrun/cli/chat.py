@@ -36,6 +36,7 @@ class ChatOptions:
     session_limit: int | None = None
     think: str = "show"
     markdown: bool = False
+    save: bool = True
 
 
 def chat(
@@ -50,6 +51,7 @@ def chat(
     session_limit: Annotated[int | None, typer.Option(
         "--session-limit", metavar="MIB", min=0, show_default=False,
         help="What all sessions may take on disk; beyond it those used longest ago lose their cache, not their text. Default: 4096.")] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Save each turn; a chat that is not saved leaves nothing behind.")] = True,
     think: opt.Think = "show",
     markdown: Annotated[bool, typer.Option("--markdown", help="Show answers as Markdown, block by block.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="After each answer, one line of counts and speeds on stderr.")] = False,
@@ -96,7 +98,7 @@ def chat(
         overflow=opt.OverflowOptions(overflow, keep, evict),
         sampling=opt.SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repeat_penalty, seed, tuple(stop or ())),
         output=opt.OutputOptions(color, sanitize, quiet, verbose), system=system, stats=stats, resume=resume, session=session,
-        session_limit=session_limit, think=think, markdown=markdown))
+        session_limit=session_limit, think=think, markdown=markdown, save=save))
 
 
 def _default_model() -> str:
@@ -113,27 +115,32 @@ def _chat(options: ChatOptions) -> int:
     opt.check_overflow(options.overflow)
     prepare_chat()
     store = SessionStore(limit=LIMIT if options.session_limit is None else options.session_limit << 20)
+    if not options.save and (options.resume or options.session):
+        raise UsageError("--no-save goes with neither --continue nor --session")
     with contextlib.ExitStack() as cleanup:
-        try:
-            session = _open_session(options, store, console)
-        except StorageError as error:
-            if options.resume or options.session:
-                raise
-            console.notice(f"{error}; this chat will not be saved")
+        session = _open_session(options, store, console) if options.save else None
+        if session is None:
             store = SessionStore(Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kvrun-"))))
-            session = _open_session(options, store, console)
+            session = store.open(store.new_name())
         cleanup.callback(session.close)
         return _open_chat(options, console, store, session).loop()
 
 
-def _open_session(options: ChatOptions, store: SessionStore, console: Console) -> Session:
-    """The session that the options name, read; one that cannot be read is put aside, with a line that says where."""
+def _open_session(options: ChatOptions, store: SessionStore, console: Console) -> Session | None:
+    """The session that the options name, read; one that cannot be read is put aside, with a line that says where. None, with a line that
+    says why, where a new one cannot be made."""
     from kvrun.cache.session import DamagedSessionError
 
     name = options.session or (store.last() if options.resume else store.new_name())
     if options.resume and options.session:
         store.info(options.session)
-    session = store.open(name)
+    try:
+        session = store.open(name)
+    except StorageError as error:
+        if options.resume or options.session:
+            raise
+        console.notice(f"{error}; this chat will not be saved")
+        return None
     try:
         session.read()
     except DamagedSessionError as error:

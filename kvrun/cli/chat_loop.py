@@ -186,12 +186,15 @@ class Chat:
 
     def _answer(self, ids: list[int]) -> bool:
         """Whether an answer to the prompt `ids` came; it is recorded and saved."""
+        from kvrun.cli.interrupts import uninterrupted
+
         events = self.engine.generate(ids, sampler=self.sampler, max_tokens=self.max_tokens, stop=self.options.sampling.stop)
-        end, text, said = self._show(events, ids)
-        self.last = end
-        if said:
-            self.conversation.answered(text, said)
-            self.save()
+        with uninterrupted():
+            end, text, said = self._show(events, ids)
+            self.last = end
+            if said:
+                self.conversation.answered(text, said)
+                self.save()
         if self.stats:
             self.report_stats()
         if end.reason == "context":
@@ -222,7 +225,7 @@ class Chat:
 
         view = AnswerView(self.console, self.engine.text, prompt, self.think)
         ids: list[int] = []
-        with without_echo(), interrupts(self.engine):
+        with without_echo(), interrupts(self.engine, stay=self.on_terminal):
             for event in events:
                 if isinstance(event, Token):
                     ids.append(event.id)
@@ -246,7 +249,9 @@ class Chat:
         try:
             with termination.held():
                 self.saved.save()
-            self._unsaved = None
+            if self.saved.failed and self.saved.failed != self._unsaved:
+                self.console.error(f"the cache of this session cannot be saved: {self.saved.failed}; its conversation is")
+            self._unsaved = self.saved.failed
             for name in self.store.trim(self.session.name):
                 self.console.notice(f"sessions take more than {self.store.limit >> 20} MiB: the cache of session {name}, used longest ago, was "
                                     "removed; its conversation stays")
@@ -255,9 +260,6 @@ class Chat:
             if what != self._unsaved:
                 self.console.error(f"this session cannot be saved: {what}; the chat goes on, and what was saved before is whole")
             self._unsaved = what
-        if self.saved.failed and self.saved.failed != self._unsaved:
-            self._unsaved = self.saved.failed
-            self.console.error(f"the cache of this session cannot be saved: {self.saved.failed}; its conversation is")
 
     # ---- the prompt ----
 

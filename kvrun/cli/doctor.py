@@ -160,8 +160,11 @@ def _places() -> Section:
     from kvrun.hub.catalog import load_catalog, shipped_file, user_file
     from kvrun.hub.store import store_dir
 
+    from kvrun.cache.prompt_cache import prompts_dir
+    from kvrun.cache.session import sessions_dir
+
     mine = user_file()
-    return {"packaged models": str(store_dir()), "hub cache": str(constants.HF_HUB_CACHE),
+    return {"sessions": str(sessions_dir()), "pages of prompts": str(prompts_dir()), "packaged models": str(store_dir()), "hub cache": str(constants.HF_HUB_CACHE),
             "hub offline": bool(constants.HF_HUB_OFFLINE), "models.toml": str(shipped_file()),
             "your models.toml": str(mine) if mine.is_file() else f"{mine} (none yet)", "default model": load_catalog().default}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,23 +14,31 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def interrupts(engine: Engine) -> Iterator[None]:
+def interrupts(engine: Engine, *, stay: bool = False) -> Iterator[None]:
     """While inside, the first SIGINT ends the answer after the step in progress, and a second one raises
-    KeyboardInterrupt. A process that ignores SIGINT goes on ignoring it. SIGTERM ends the answer in the same way."""
-    with termination.ended_by(engine.interrupt), _ctrl_c(engine):
+    KeyboardInterrupt; stay: further ones do nothing. A process that ignores SIGINT goes on ignoring it. SIGTERM ends the
+    answer in the same way."""
+    def handler(signum: int, frame: object) -> None:
+        if not stay:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        engine.interrupt()
+
+    with termination.ended_by(engine.interrupt), _handled_by(handler):
         yield
 
 
 @contextmanager
-def _ctrl_c(engine: Engine) -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
+    """While inside, and not inside `interrupts` too, SIGINT does nothing: an answer is recorded and saved."""
+    with _handled_by(lambda signum, frame: None):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
-
-    def handler(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        engine.interrupt()
-
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield

@@ -57,7 +57,7 @@ class Runner:
         options = self.options
         kind = JsonOutput if options.json else JsonLines if options.jsonl else CodeOutput if options.extract else TextOutput
         output = kind(self, ids)
-        cache = self._prompt_cache()
+        cache = self._prompt_cache(ids)
         if cache is not None:
             cache.load(ids)
         end = self.generate(ids, output, cache)
@@ -74,8 +74,10 @@ class Runner:
                                    "use a larger --n-ctx, --max-tokens, or --overflow evict")
         return 0
 
-    def _prompt_cache(self) -> PromptCache | None:
-        if not self.options.prompt_cache or self.options.echo:
+    def _prompt_cache(self, ids: list[int]) -> PromptCache | None:
+        from kvrun.cache.formats import SHORTEST_KEPT
+
+        if not self.options.prompt_cache or self.options.echo or len(ids) < SHORTEST_KEPT:
             return None
         from kvrun.cache.prompt_cache import PromptCache
         from kvrun.engine.saved import pages_identity

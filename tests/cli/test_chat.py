@@ -283,8 +283,29 @@ def test_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
     screen.wait_for("long long")
     screen.send("\r")
     screen.wait_for("reading: ")
-    screen.send("\x03")
+    for _ in range(3):  # an impatient second one does not end the chat
+        os.kill(screen.process.pid, signal.SIGINT)
     screen.wait_for("the message was taken back")
     screen.wait_prompt()
     screen.ask("/context", "0 turns")
     screen.ask("short", "tok/s")
+
+
+def test_a_full_disk_is_said_once_and_what_was_saved_is_whole(environment, state, random_folder):
+    """A limit on the size of files stands for the disk: pages do not fit, the conversation does."""
+    first = subprocess.run([*KVRUN, "chat", str(random_folder), "--session", "s", "--max-tokens", "3"], input=b"one\n", capture_output=True,
+                           env=environment | state, timeout=60)
+    assert first.returncode == 0
+    command = "ulimit -f 40; exec " + " ".join([*KVRUN, "chat", "-c", "--max-tokens", "3"])
+    full = subprocess.run(["bash", "-c", command], input=b"two\nthree\n", capture_output=True, env=environment | state, timeout=60)
+    assert full.returncode == 9 and full.stderr.count(b"cannot be saved") == 1 and b"File too large" in full.stderr
+    assert [turn["user"] for turn in last_document(state)["turns"]] == ["one", "two", "three"]
+    again = subprocess.run([*KVRUN, "chat", "-c", "--max-tokens", "3"], input=b"four\n", capture_output=True, env=environment | state, timeout=60)
+    assert again.returncode == 0 and b"read again" in again.stderr
+
+
+def test_a_chat_that_is_not_saved_leaves_nothing(environment, state, scripted, tmp_path):
+    result = subprocess.run([*KVRUN, "chat", str(scripted), "--no-save"], input=b"one\n/undo\ntwo\n", capture_output=True,
+                            env=environment | state | {"TMPDIR": str(tmp_path)}, timeout=60)
+    assert result.returncode == 0 and b"took back 1 turn" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("kvrun-")] == [] and not (tmp_path / "state/kvrun/sessions").exists()

@@ -59,11 +59,11 @@ def test_what_a_real_model_says_validates(smol):
         schema = random_schema(draw)
         grammar = _again(grammar, schema)
         sampler = Sampler(seed=draw.getrandbits(32), temperature=draw.choice([0.0, 0.7, 1.5]), top_p=draw.choice([1.0, 0.9]))
-        answer = collect(smol.generate(prompt, sampler=sampler, max_tokens=150, constraint=grammar.begin()))
+        answer = collect(smol.generate(prompt, sampler=sampler, max_tokens=100, constraint=grammar.begin()))
         if answer.reason == "eos":  # or it was cut: a number may have as many digits as it likes
             jsonschema.validate(json.loads(answer.text), schema)
             whole += 1
-    assert whole >= 75
+    assert whole >= 60
 
 
 def _again(grammar, schema):
@@ -92,12 +92,12 @@ def test_a_choice_is_drawn_in_proportion(smol):
 
     prompt = smol.text.encode_chat([{"role": "user", "content": "Heads or tails?"}])
     grammar = from_regex(smol.text, "A|B")
-    said = [collect(smol.generate(prompt, sampler=Sampler(seed=seed, temperature=1.0), constraint=grammar.begin())).text for seed in range(300)]
+    said = [collect(smol.generate(prompt, sampler=Sampler(seed=seed, temperature=1.0), constraint=grammar.begin())).text for seed in range(150)]
     collect(smol.generate(prompt, max_tokens=1))
     logits = np.array(smol.executor.logits()[-1], np.float64)
     a, b = (smol.text.encode(letter, bos=False)[0] for letter in "AB")
     expected = 1 / (1 + np.exp(logits[b] - logits[a]))
-    assert abs(said.count("A") / 300 - expected) < 4 * np.sqrt(expected * (1 - expected) / 300) + 0.01
+    assert abs(said.count("A") / 150 - expected) < 4 * np.sqrt(expected * (1 - expected) / 150) + 0.01
 
 
 def test_reasoning_is_free_and_the_answer_is_not(kvrun, tmp_path):
