@@ -74,6 +74,35 @@ static void scores_q8(const char *page, int dim, int from, int to, const float *
         scores_q8_blocks<NQ, 1, GROUP>(page + from * dim * 16, scale + from * row, dim, q, q_stride, s + 16 * from, s_stride, ahead);
 }
 
+// What a Q4 page of K says of its channels.
+struct PairedChannels {
+    float scale[KV_MAX_QUANT_DIM], zero[KV_MAX_QUANT_DIM];
+    int32_t high[KV_MAX_QUANT_DIM / 2], low[KV_MAX_QUANT_DIM / 2];   // channels of a row of bytes
+    float down[KV_MAX_QUANT_DIM / 2];                               // 2^-(bits of the low channel)
+    uint32_t mask[KV_MAX_QUANT_DIM / 2];                            // those bits
+    const char *pairs;
+    int dim;
+
+    void read(const char *page, int d) {
+        dim = d;
+        pairs = page;
+        const uint16_t *scales = (const uint16_t *)(page + (int64_t)KV_PAGE * d / 2);
+        for (int c = 0; c < d; c += 16) {
+            store(scale + c, load_f16(scales + c));
+            store(zero + c, load_f16(scales + d + c));
+        }
+        const uint8_t *chan = (const uint8_t *)(scales + 2 * d), *split = chan + d;
+        for (int i = 0; i < d / 2; i++) {
+            // Bytes of a damaged page must not lead outside of the head.
+            high[i] = chan[2 * i] < d ? chan[2 * i] : 0;
+            low[i] = chan[2 * i + 1] < d ? chan[2 * i + 1] : 0;
+            const uint32_t bits = (8u - split[i]) & 7;
+            mask[i] = (1u << bits) - 1;
+            down[i] = kv::bits_f32((127 - bits) << 23);
+        }
+    }
+};
+
 // Q4: a byte is high*2^bits + low, so that with h = q*scale of the high channel and l of the low one
 // h*high + l*low = a*byte + b*low for a = h*2^-bits, b = l - a. `factors` holds a and b side by side per row.
 static inline float factors_q4(const PairedChannels &page, const float *q, float *factors) {

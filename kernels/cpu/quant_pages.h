@@ -1,5 +1,5 @@
-// quant_pages.h - what attention needs of quantized pages whatever the instruction set: which parts of a page lie where, the
-// exact ones among them, and the channels of a 4-bit K.
+// quant_pages.h - what attention needs of quantized pages whatever the instruction set: which parts of a page lie where, and
+// the exact ones among them.
 #pragma once
 #include "bytes.h"
 #include "rotate.h"
@@ -62,34 +62,5 @@ static void sums_exact(const Piece &piece, bool rotated, int n, int low, int hig
     else if (piece.dtype == KV_F16) sums_stored<StoredF16>(piece, n, low, high, d, p, p_stride, out, keep, ahead);
     else sums_stored<StoredBf16>(piece, n, low, high, d, p, p_stride, out, keep, ahead);
 }
-
-// What a Q4 page of K says of its channels.
-struct PairedChannels {
-    float scale[KV_MAX_QUANT_DIM], zero[KV_MAX_QUANT_DIM];
-    int32_t high[KV_MAX_QUANT_DIM / 2], low[KV_MAX_QUANT_DIM / 2];   // channels of a row of bytes
-    float down[KV_MAX_QUANT_DIM / 2];                               // 2^-(bits of the low channel)
-    uint32_t mask[KV_MAX_QUANT_DIM / 2];                            // those bits
-    const char *pairs;
-    int dim;
-
-    void read(const char *page, int d) {
-        dim = d;
-        pairs = page;
-        const uint16_t *scales = (const uint16_t *)(page + (int64_t)KV_PAGE * d / 2);
-        for (int c = 0; c < d; c += 16) {
-            store(scale + c, load_f16(scales + c));
-            store(zero + c, load_f16(scales + d + c));
-        }
-        const uint8_t *chan = (const uint8_t *)(scales + 2 * d), *split = chan + d;
-        for (int i = 0; i < d / 2; i++) {
-            // Bytes of a damaged page must not lead outside of the head.
-            high[i] = chan[2 * i] < d ? chan[2 * i] : 0;
-            low[i] = chan[2 * i + 1] < d ? chan[2 * i + 1] : 0;
-            const uint32_t bits = (8u - split[i]) & 7;
-            mask[i] = (1u << bits) - 1;
-            down[i] = kv::bits_f32((127 - bits) << 23);
-        }
-    }
-};
 
 }  // namespace KV_NS
