@@ -4,9 +4,8 @@
 // Quantized codes are exact in 16 bits, so only what meets them is rounded: of decode rows q and the probabilities are split
 // into two terms each, of prompt rows rounded to 16 bits once. Scales of K multiply finished sums, or q before; those of V are
 // folded into the probabilities. Operands in halves are brought near 1 by powers of two first.
-#include "attend.cuh"
 #include "attend_k.cuh"
-#include "mma.cuh"
+#include "attend_tiles.cuh"
 #include "rotate.cuh"
 
 namespace kv {
@@ -32,224 +31,10 @@ struct TileLayout {
     }
 };
 
-// Scores of 32 tokens by a warp: sum[mt][i] is operand D whose column c is token 4c + i. Words j of the tokens' blocks are at
-// k (tokens 0 to 15) and k + stride (the others).
-struct TokenBlocks {
-    const char *k;
-    int64_t stride;
-    __device__ __forceinline__ uint4 words(int j, int lane) const {
-        const int g = lane / 4;
-        return load16(k + g / 4 * stride + (j * 16 + 4 * (g % 4)) * 4);
-    }
-};
-
-template <class H, int MT, int TERMS>
-static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const float *q, int lane, float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
-    for (int s = 0; s < dim / 16; s++) {
-        const uint4 low = k.words(8 * s + t, lane), high = k.words(8 * s + 4 + t, lane);
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS> a;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 x = *(const float2 *)(q + (16 * mt + g + i % 2 * 8) * dim + 16 * s + 2 * t + i / 2 * 8);
-                a.set(i, x.x, x.y);
-            }
-            a.multiply(sum[mt][0], low.x, high.x);
-            a.multiply(sum[mt][1], low.y, high.y);
-            a.multiply(sum[mt][2], low.z, high.z);
-            a.multiply(sum[mt][3], low.w, high.w);
-        }
-    }
-}
-
-// A of rows g and g + 8, four channels of each: at x and at x + 8 rows.
-template <int TERMS>
-static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS> &a, const float *x, int stride) {
-    const float4 first = *(const float4 *)x, second = *(const float4 *)(x + 8 * stride);
-    a.set(0, first.x, first.y);
-    a.set(1, second.x, second.y);
-    a.set(2, first.z, first.w);
-    a.set(3, second.z, second.w);
-}
-
-// scales: f16 [dim/32][16] of the first block of tokens, those of the other one scale_stride further.
-template <int MT, int TERMS>
-static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint16_t *scales, int scale_stride, int dim, const float *q, int lane, float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
-    for (int group = 0; group < dim / 32; group++) {
-        float part[MT][4][4] = {};
-#pragma unroll
-        for (int s = 2 * group; s < 2 * group + 2; s++) {
-            const uint4 v = k.words(4 * s + t, lane);
-            const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int mt = 0; mt < MT; mt++) {
-                OperandA<F16, TERMS> a;
-                set_quads(a, q + (16 * mt + g) * dim + 16 * s + 4 * t, dim);
-#pragma unroll
-                for (int i = 0; i < 4; i++) a.multiply(part[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
-            }
-        }
-        // Columns 2t and 2t + 1 of all four are tokens 8t..8t+7.
-        const uint4 s = load16(scales + t / 2 * scale_stride + group * KV_LANES + t % 2 * 8);
-        const float scale[2][4] = {{F16::low(s.x), F16::high(s.x), F16::low(s.y), F16::high(s.y)}, {F16::low(s.z), F16::high(s.z), F16::low(s.w), F16::high(s.w)}};
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) sum[mt][i][c] = fmaf(scale[c % 2][i], part[mt][i][c], sum[mt][i][c]);
-    }
-}
-
-// factor and mask as prepare_q4 makes them.
-template <int MT, int TERMS>
-static __device__ __forceinline__ void scores_4(const TokenBlocks &k, const uint32_t *mask, int dim, const float *factor, int lane, float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
-    for (int s = 0; s < dim / 32; s++) {
-        const uint4 v = k.words(4 * s + t, lane);
-        const uint32_t w[4] = {v.x, v.y, v.z, v.w}, low = mask[4 * s + t];
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-            OperandA<F16, TERMS> high_codes, low_codes;
-            const float *at = factor + (16 * mt + g) * dim + 8 * (4 * s + t);
-            set_quads(high_codes, at, dim);
-            set_quads(low_codes, at + 4, dim);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                high_codes.multiply(sum[mt][i], unsigned_halves(w[i] & ~low, false), unsigned_halves(w[i] & ~low, true));
-                low_codes.multiply(sum[mt][i], unsigned_halves(w[i] & low, false), unsigned_halves(w[i] & low, true));
-            }
-        }
-    }
-}
-
-// 0xffff in each half of a word of two tokens that are in [low, high).
-static __device__ __forceinline__ uint32_t inside(int token, Slots slots) {
-    return (token >= slots.low && token < slots.high ? 0xffffu : 0u) | (token + 1 >= slots.low && token + 1 < slots.high ? 0xffff0000u : 0u);
-}
-
-// Weighted sums of 32 channels by a warp: sum[mt][i] is operand D whose column c is channel 4c + i. v: of a 16-bit page word 0
-// of the first of them, a word row having `dim` words; of a quantized one the page, with their first channel. Tokens [from, to), multiples of 32, of which those in `slots` count. weight: [tile][128].
-template <class H, int MT, int TERMS>
-static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const float *weight, Slots slots, int lane, float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
-    for (int s = from / 16; s < to / 16; s++) {
-        if (16 * s >= slots.high || 16 * s + 16 <= slots.low) continue;
-        uint4 low = load16(v + ((int64_t)(8 * s + t) * dim + 4 * g) * 4), high = load16(v + ((int64_t)(8 * s + 4 + t) * dim + 4 * g) * 4);
-        if (16 * s < slots.low || 16 * s + 16 > slots.high) {
-            const uint32_t a = inside(16 * s + 2 * t, slots), b = inside(16 * s + 8 + 2 * t, slots);
-            low = make_uint4(low.x & a, low.y & a, low.z & a, low.w & a);
-            high = make_uint4(high.x & b, high.y & b, high.z & b, high.w & b);
-        }
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS> a;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 p = *(const float2 *)(weight + (16 * mt + g + i % 2 * 8) * KV_PAGE + 16 * s + 2 * t + i / 2 * 8);
-                a.set(i, p.x, p.y);
-            }
-            a.multiply(sum[mt][0], low.x, high.x);
-            a.multiply(sum[mt][1], low.y, high.y);
-            a.multiply(sum[mt][2], low.z, high.z);
-            a.multiply(sum[mt][3], low.w, high.w);
-        }
-    }
-}
-
-static __device__ __forceinline__ float4 halves4(const uint16_t *p) {
-    const uint2 v = load8(p);
-    return make_float4(F16::low(v.x), F16::high(v.x), F16::low(v.y), F16::high(v.y));
-}
-
-// p*scale for four tokens from `token` on, zero for those that do not count.
-static __device__ __forceinline__ float4 folded(const float *p, const float4 &scale, int token, Slots slots) {
-    const float4 x = *(const float4 *)p;
-    return make_float4(token >= slots.low && token < slots.high ? x.x * scale.x : 0.f, token + 1 >= slots.low && token + 1 < slots.high ? x.y * scale.y : 0.f,
-                       token + 2 >= slots.low && token + 2 < slots.high ? x.z * scale.z : 0.f,
-                       token + 3 >= slots.low && token + 3 < slots.high ? x.w * scale.w : 0.f);
-}
-
-template <int TERMS> static __device__ __forceinline__ void set_rows(OperandA<F16, TERMS> &a, const float4 &first, const float4 &second) {
-    a.set(0, first.x, first.y);
-    a.set(1, second.x, second.y);
-    a.set(2, first.z, first.w);
-    a.set(3, second.z, second.w);
-}
-
-// scales: f16 [128] of these channels; `unit`: brings them near 1.
-template <int MT, int TERMS>
-static __device__ __forceinline__ void sums_8(const char *v, int channel, const uint16_t *scales, float unit, int from, int to, const float *weight, Slots slots, int lane,
-                                              float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
-    for (int s = from / 16; s < to / 16; s++) {
-        if (16 * s >= slots.high || 16 * s + 16 <= slots.low) continue;
-        const int token = 16 * s + 4 * t;
-        const uint4 d = load16(v + kv_v8_index(token, channel + 4 * g));
-        const uint32_t w[4] = {d.x, d.y, d.z, d.w};
-        const float4 f = halves4(scales + token), scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit);
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-            OperandA<F16, TERMS> a;
-            const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-            set_rows(a, folded(p, scale, token, slots), folded(p + 8 * KV_PAGE, scale, token, slots));
-#pragma unroll
-            for (int i = 0; i < 4; i++) a.multiply(sum[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
-        }
-    }
-}
-
-// As sums_8; zeros: f16 [128]. What they add to each channel of rows g and g + 8 goes to rest[mt][2], times unit, in parts by lane.
-template <int MT, int TERMS>
-static __device__ __forceinline__ void sums_4(const char *v, int channel, const uint16_t *scales, const uint16_t *zeros, float unit, int from, int to, const float *weight,
-                                              Slots slots, int lane, float (*sum)[4][4], float (*rest)[2]) {
-    const int g = lane / 4, t = lane % 4;
-    for (int s = from / 32; s < to / 32; s++) {
-        if (32 * s >= slots.high || 32 * s + 32 <= slots.low) continue;
-        const uint4 d = load16(v + kv_v4_index(32 * s + 8 * t, channel + 4 * g));
-        const uint32_t w[4] = {d.x, d.y, d.z, d.w};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {                       // low nibbles: four tokens, high ones: the next four
-            const int token = 32 * s + 8 * t + 4 * half;
-            const float4 f = halves4(scales + token), z = halves4(zeros + token);
-            const float4 scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit), zero = make_float4(z.x * unit, z.y * unit, z.z * unit, z.w * unit);
-#pragma unroll
-            for (int mt = 0; mt < MT; mt++) {
-                OperandA<F16, TERMS> a;
-                const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-                set_rows(a, folded(p, scale, token, slots), folded(p + 8 * KV_PAGE, scale, token, slots));
-                const float4 x = folded(p, zero, token, slots), y = folded(p + 8 * KV_PAGE, zero, token, slots);
-                rest[mt][0] += (x.x + x.y) + (x.z + x.w);
-                rest[mt][1] += (y.x + y.y) + (y.z + y.w);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint32_t codes = w[i] >> 4 * half & 0x0f0f0f0fu;
-                    a.multiply(sum[mt][i], unsigned_halves(codes, false), unsigned_halves(codes, true));
-                }
-            }
-        }
-    }
-}
-
-// The greatest of 128 scales that count, for all lanes.
-static __device__ __forceinline__ float greatest(const uint16_t *scales, Slots slots, int lane) {
-    const float4 s = halves4(scales + 4 * lane);
-    const float x[4] = {s.x, s.y, s.z, s.w};
-    float most = 0;
-    for (int i = 0; i < 4; i++)
-        if (4 * lane + i >= slots.low && 4 * lane + i < slots.high) most = fmaxf(most, fabsf(x[i]));
-    return warp_max(most);
-}
-
 // MT: tiles of 16 queries of a block. NG: groups of 32 channels that a warp sums at most.
 template <int MT, int NG, int TERMS>
-static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
+static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2)
+attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
     begin_kernel();
     constexpr int kTile = 16 * MT;
     KV_DYNAMIC_SHARED(float, shared);
@@ -280,7 +65,8 @@ static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) a
     for (int n = warp; n < kTile; n += kTileWarps) {
         const int row = begin + (first + n) / group, head = kv_head * group + (first + n) % group;
         float *to = q + n * d, most = 0;
-        for (int c = lane; c < d; c += 32) to[c] = n < queries ? op.qkv[((int64_t)row * (op.heads + 2 * op.kv_heads) + head) * d + c] * scale : 0.f;
+        const float *from = op.qkv + ((int64_t)row * (op.heads + 2 * op.kv_heads) + head) * d;
+        for (int c = lane; c < d; c += 32) to[c] = n < queries ? from[c] * scale : 0.f;
         if (k_dtype == KV_Q8) rotate(to, d, lane);
         float power = 1;
         if (k_dtype == KV_Q8 || k_dtype == KV_F16) {
@@ -369,7 +155,8 @@ static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) a
             float s[MT][4][4] = {};
             const bool sinks = coded && base == 0 && warp == 0;      // the first block is exact, the second is not
             if (k_dtype == KV_Q8)
-                scores_8<MT, TERMS>({k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}, (const uint16_t *)(k + KV_PAGE * d) + 2 * warp * (d / 2), d / 2, d, q, lane, s);
+                scores_8<MT, TERMS>({k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}, (const uint16_t *)(k + KV_PAGE * d) + warp * d, d / 2, d, q,
+                                    lane, s);
             else if (k_dtype == KV_F16)
                 scores_16<F16, MT, TERMS>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q, lane, s);
             else if (coded)
@@ -472,7 +259,8 @@ static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) a
                         sums_8<MT, TERMS>(from, channel, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
                     } else {
                         float rest[MT][2] = {};
-                        sums_4<MT, TERMS>(from, channel, scales, scales + d / of_group * KV_PAGE, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
+                        const uint16_t *zeros = scales + d / of_group * KV_PAGE;
+                        sums_4<MT, TERMS>(from, channel, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
 #pragma unroll
                         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -507,10 +295,12 @@ static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2) a
     }
 }
 
-cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid, cudaStream_t stream) {
+cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid,
+                                cudaStream_t stream) {
     const size_t shared = sizeof(float) * (size_t)TileLayout(op, t.tile).end;
     const bool wide = op.head_dim > 128;
-    const auto kernel = t.tile == 32 ? (wide ? attend_tiles<2, 2, 1> : attend_tiles<2, 1, 1>) : (wide ? attend_tiles<1, 2, 2> : attend_tiles<1, 1, 2>);
+    const auto kernel = t.tile == 32 ? (wide ? attend_tiles<2, 2, 1> : attend_tiles<2, 1, 1>)
+                                     : (wide ? attend_tiles<1, 2, 2> : attend_tiles<1, 1, 2>);
     return launch_shared(kernel, grid, kAttendThreads, shared, stream, op, state, t, row0, results);
 }
 

@@ -134,7 +134,8 @@ EXPORT int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bo
 
 EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream) {
     kv::clear_error();
-    if (!state || !scratch || n_ops < 0 || !kv::check_bounds(bounds)) return kv::fail(KV_BAD_PLAN, "a step without state or scratch, or with impossible bounds");
+    if (!state || !scratch || n_ops < 0 || !kv::check_bounds(bounds))
+        return kv::fail(KV_BAD_PLAN, "a step without state or scratch, or with impossible bounds");
     for (int i = 0; i < n_ops; i++)
         if (int status = kv::check(ops[i], i, true)) return status;
     const kv::Launch launch{*bounds, state, (char *)scratch, (cudaStream_t)stream};

@@ -140,7 +140,7 @@ def _bandwidth() -> Section:
 
 
 def _cuda() -> Section:
-    from kvrun.backends.cuda import probe
+    from kvrun.backends.cuda import probe, why_not
     from kvrun.terminal import human_bytes
 
     status = probe()
@@ -149,8 +149,11 @@ def _cuda() -> Section:
     for index, device in enumerate(status.devices):
         found[f"device {index}"] = (f"{device.name}, compute {device.arch}, {device.sms} SMs, "
                                     f"{human_bytes(device.free_bytes)} of {human_bytes(device.memory_bytes)} free")
-    if status.reason:
-        found["why not"] = status.reason
+    reason = why_not(status)
+    if status.devices:
+        found["used by auto"] = not reason
+    if reason:
+        found["why not"] = reason
     return found
 
 

@@ -32,7 +32,8 @@ def check(machine, rng, *, head_dim, dtypes=("bf16", "bf16"), prefill=False, **s
 
 
 def compare(machine, rng, rows, positions, *, prefill, **settings):
-    quantized.compare(machine, rng, rows, positions, prefill=prefill, tolerance=tolerance(prefill, rows.cache.head_dim, *rows.cache.dtypes.values()), **settings)
+    within = tolerance(prefill, rows.cache.head_dim, *rows.cache.dtypes.values())
+    quantized.compare(machine, rng, rows, positions, prefill=prefill, tolerance=within, **settings)
 
 
 # ---- linear, embed ----
@@ -161,7 +162,8 @@ def test_parts_of_several_pages(machine, rng):
     """Positions from which on a part has two pages, and four."""
     cache = Cache(6, 1, 32)
     for bases in ([8064, 8192, 8320, 8448], [32512, 32640, 32768, 32896, 33024, 33280]):
-        sequence = attention.Sequence(rng, cache, bases[-1] + 70, list(range(6)), holes={b // PAGE for b in range(0, bases[-1] + 70, PAGE)} - {b // PAGE for b in bases})
+        length, held = bases[-1] + 70, {b // PAGE for b in bases}
+        sequence = attention.Sequence(rng, cache, length, list(range(6)), holes=set(range(-(-length // PAGE))) - held)
         positions = [sequence.length - 2, sequence.length - 1]
         qkv = floats(rng, 2, 4 * 32)
         out = attention.attend(machine, cache, qkv, 2, positions, [sequence.table])

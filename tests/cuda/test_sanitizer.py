@@ -48,7 +48,8 @@ def test_no_report(sanitized):
 
 # What is planted: (file, what is there, what takes its place, which tests, what must be said)
 PLANTED = {
-    "past the dynamic shared memory": ("attend.cu", "end = total + tile * d;", "end = total + tile * d - 4;", "test_attend and 129-100", "heap-buffer-overflow"),
+    "past the dynamic shared memory": ("attend.cu", "end = total + tile * d;", "end = total + tile * d - 4;",
+                                       "test_attend and 129-100", "heap-buffer-overflow"),
     "past a static shared array": ("append.cu", "constexpr int kMaxDim = 256;", "constexpr int kMaxDim = 48;", "to_the_bit and 64", "global-buffer-overflow"),
     "past a row of activations": ("act.cu", "|| i >= op.dim) return;", "|| i > op.dim) return;", "test_act", "heap-buffer-overflow"),
     "a missing barrier": ("linear.cu", "    __syncthreads();\n", "", "test_linear", "AssertionError"),
