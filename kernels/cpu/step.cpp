@@ -3,17 +3,20 @@
 #include <new>
 
 #include "../page.h"
+#include "pace.h"
 #include "pool.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 struct kv_cpu {
-    kv::Pool pool, solo;             // solo: for small ops, which one thread does while the others wait at a barrier
+    kv::Pool pool, single;           // single: for whole steps of one thread
+    kv::Pool solo;                   // for small ops, which one thread does while the others wait at a barrier
+    kv::Pace pace;
     const kv::Ops *table;
     int64_t spent[KV_OP_COUNT] = {};
     int64_t mark = 0;                // when the op now running began; only touched inside barriers
 
-    kv_cpu(int threads, const kv::Ops *ops) : pool(threads), solo(1), table(ops) {}
+    kv_cpu(int threads, const kv::Ops *ops) : pool(threads), single(1), solo(1), table(ops) {}
 };
 
 namespace {
@@ -21,6 +24,7 @@ namespace {
 // What the last thread at a barrier needs to go on alone.
 struct Step {
     kv_cpu &cpu;
+    kv::Pool &pool;                  // of the threads that take part
     const kv_op *ops;
     int n_ops;
     kv_state &state;
@@ -115,13 +119,13 @@ void walk(void *p, int thread) {
     kv_cpu &cpu = step.cpu;
     cpu.table->thread_start();
     kv::FlushDenormals mode;
-    kv::Worker worker{thread, cpu.pool.threads, step.scratch, &cpu.pool, cpu.pool.clean, step.from_memory};
+    kv::Worker worker{thread, step.pool.threads, step.scratch, &step.pool, step.pool.clean, step.from_memory};
     for (int i = run.first; i < step.n_ops; i++) {
         const kv_op &op = step.ops[i];
         if (rows_of(op, step.state) == 0 || is_small(op, step.state)) continue;   // see last_at_barrier
         call(*cpu.table, op, step.state, worker);
         Arrival arrival{&step, i};
-        cpu.pool.barrier(worker.phase, last_at_barrier, &arrival);
+        step.pool.barrier(worker.phase, last_at_barrier, &arrival);
     }
 }
 
@@ -257,12 +261,16 @@ EXPORT int32_t kv_cpu_step(kv_cpu *cpu, const kv_op *ops, int32_t n_ops, kv_stat
     if (!cpu || !ops || n_ops < 1 || !scratch || (uintptr_t)scratch % 64 || cpu->pool.forked()) return KV_BAD_PLAN;
     if (!good_state(ops, n_ops, *state)) return KV_BAD_PLAN;
     state->status = KV_OK;
-    Step step{*cpu, ops, n_ops, *state, (char *)scratch, weight_bytes(ops, n_ops) > CACHED};
-    cpu->mark = kv::now_ns();
+    // Prompt rows are laid out for the number of threads, and take long enough not to mind.
+    const bool paced = cpu->pool.threads > 1 && !state->prefill && state->n_rows == 1;
+    kv::Pool &pool = paced && cpu->pace.alone(ops) ? cpu->single : cpu->pool;
+    Step step{*cpu, pool, ops, n_ops, *state, (char *)scratch, weight_bytes(ops, n_ops) > CACHED};
+    const int64_t begin = cpu->mark = kv::now_ns();
     kv::FlushDenormals mode;
     cpu->table->thread_start();
     Run run{&step, run_small(step, 0)};
-    if (run.first < n_ops) cpu->pool.run(walk, &run);
+    if (run.first < n_ops) pool.run(walk, &run);
+    if (paced) cpu->pace.took(kv::now_ns() - begin);
     return state->status;
 }
 

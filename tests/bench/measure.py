@@ -62,7 +62,7 @@ def read_bandwidth(threads: int) -> float:
     return rate
 
 
-def decode_bytes(files, plan, depth: int) -> int:
+def decode_bytes(files, plan, depth: int, weights: str = "auto") -> int:
     """Bytes that one decode step at `depth` must read: every matrix but a lookup-only embedding, and K and V in view."""
     from kvrun.cache.formats import resolve_kv
     from kvrun.models import load_spec, tensor_refs
@@ -71,7 +71,7 @@ def decode_bytes(files, plan, depth: int) -> int:
     spec = load_spec(files.config, str(files.path))
     source = open_source(files)
     multiplied = {op.fields["w"].name for op in plan.ops if op.kind == "linear"}
-    packed = load.layout(plan, source, tensor_refs(spec, files.config, files.kind))
+    packed = load.layout(plan, source, tensor_refs(spec, files.config, files.kind), weights)
     source.close()
     weights = sum(p.n_bytes for p in packed if p.weight.name in multiplied)
     bits = sum({"f32": 32}.get(name, 16) for name in resolve_kv("f16", spec.dtype))

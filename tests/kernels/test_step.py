@@ -1,5 +1,7 @@
 """The plan walker: what it refuses, what it skips, and that a plan gives the same on any number of threads."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -92,6 +94,18 @@ def chain(rng, rows, out_rows):
     return ops, [x, w], [a, b, c, d, e]
 
 
+class Weights:
+    """A packed float32 matrix."""
+
+    def __init__(self, rng, n, k):
+        self.bytes = np.zeros(lib.kv_pack_bytes(DTYPES["f32"], n, k) + 64, np.uint8)
+        self.values = floats(rng, n, k)
+        start = self.bytes[-self.bytes.ctypes.data % 64 :]
+        weight = ffi.new("kv_weight *", {"data": pointer(start, "void *"), "dtype": DTYPES["f32"], "n": n, "k": k})
+        assert lib.kv_pack(weight, 0, n, pointer(self.values, "void *"), DTYPES["f32"]) == lib.KV_OK
+        self.fields = {"w": weight[0]}
+
+
 @pytest.mark.parametrize("isa", GRANTED)
 @pytest.mark.parametrize("rows, out_rows", [(1, [0]), (1, []), (3, [2, 0]), (200, [5]), (200, range(200)), (200, [])])
 def test_any_number_of_threads_gives_the_same(isa, rng, rows, out_rows):
@@ -105,6 +119,26 @@ def test_any_number_of_threads_gives_the_same(isa, rng, rows, out_rows):
             results.append(np.concatenate([buffer.ravel() for buffer in buffers]))
     assert np.array_equal(results[0], results[1], equal_nan=True) and np.array_equal(results[0], results[2], equal_nan=True)
     assert np.isfinite(results[0][: 2 * rows * 512]).all()
+
+
+def test_decode_steps_beside_busy_processes(rng):
+    """However many threads the executor takes for a step, the result is the same."""
+    ops, _keep, buffers = chain(rng, 1, [0])
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        with Machine(GRANTED[-1], 2) as machine:
+            linear = Weights(rng, 512, 512)
+            out = poisoned(1, 512)
+            for step in range(400):
+                out[:] = np.nan
+                machine.run([*ops, ("linear", linear.fields | {"x": pointer(buffers[4]), "out": pointer(out), "scale": 1.0})], pos=[0], out_row=[0])
+                if step == 0:
+                    want = out.copy()
+                assert np.array_equal(out, want)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_steps_from_several_python_threads(machine, rng):
