@@ -5,54 +5,40 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Items
+from collections.abc import Generator, Iterator, Sequence as Items
 from typing import TYPE_CHECKING
 
 from kvrun.backends.batch import Batch, Sampler
 from kvrun.cache.evict import POLICIES, pinned_tokens, spans
 from kvrun.cache.formats import PAGE
 from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stop, Token, TokenLogprob
+from kvrun.engine.held import GONE, Held
 from kvrun.engine.job import Job
 from kvrun.errors import ContextFullError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.executor import Executor
-    from kvrun.cache.pages import Sequence, SequenceState
+    from kvrun.cache.pages import Sequence
     from kvrun.cache.pool import Pool
-    from kvrun.cache.session_pages import Mark, PageArchive
     from kvrun.models.spec import ModelSpec
     from kvrun.text import Text
     from kvrun.text.grammar import Constraint
 
 
-_GONE = -1
-
-
-class Engine:
-    """One model, one sequence in its cache.
-
-    tokens: the ids that were read and said, in order. Their K and V are in the cache, but for those that a full context
-    dropped where `evict` was called. They agree with the cache whenever no step is running, also after an interrupt, an
-    error, or a generation that was not read to its end.
-    archive: where pages are kept on disk, so that a rewind finds what the cache has given up; None: nowhere.
-    """
+class Engine(Held):
+    """One model, one sequence in its cache. `tokens` and the cache agree whenever no step is running, also after an interrupt, an error, or
+    a generation that was not read to its end."""
 
     def __init__(self, spec: ModelSpec, executor: Executor, sequence: Sequence, text: Text, n_ctx: int,
                  chunk: int, pool: Pool | None = None) -> None:
         """sequence: an empty one of `pool`, for n_ctx tokens. chunk: the most prompt rows of a step."""
+        super().__init__(sequence, n_ctx)
         self.spec = spec
         self.executor = executor
-        self.sequence = sequence
         self.text = text
-        self.n_ctx = n_ctx
         self.chunk = chunk
         self.pool = pool
-        self.tokens: list[int] = []
-        # Where each of `tokens` lies in the sequence: its own index, until the trained length was reached and what was
-        # held was read again from position 0.
-        self._at = array("i")
         self._limit = n_ctx
-        self.archive: PageArchive | None = None
         self._news: list[Eviction] = []
         self._interrupted = False
         self._running: Generator[Event, None, None] | None = None
@@ -65,11 +51,6 @@ class Engine:
         self.sequence.evict_with(POLICIES[policy], pinned_tokens(keep, self.n_ctx))
         self._limit = max(limit or self.spec.n_positions, self.n_ctx)
 
-    @property
-    def held(self) -> int:
-        """How many tokens have their K and V in the cache."""
-        return self.sequence.held
-
     def generate(self, ids: Items[int], *, sampler: Sampler | None = None, max_tokens: int | None = None,
                  stop: Items[str] = (), logprobs: int = 0, echo: bool = False, continued: bool = False,
                  constraint: Constraint | None = None) -> Iterator[Event]:
@@ -80,7 +61,8 @@ class Engine:
         context is full.
         stop: strings that end the answer and are not part of it. logprobs: how many alternatives come with each
         token's log-probability (0: neither). echo: prompt_logprobs in the Stop, for which the whole prompt is
-        computed. constraint: what the answer may say. continued: the answer goes on the prompt's text, so a leading space belongs to it (SentencePiece).
+        computed. constraint: what the answer may say. continued: the answer goes on the prompt's text, so a leading space
+        belongs to it (SentencePiece).
         Ends a generation that is still open. Raises ContextFullError and UsageError at once, NumericError
         while generating.
         """
@@ -99,37 +81,6 @@ class Engine:
         self._interrupted = False
         self._running = self._generate(Job(ids, sampler or Sampler(), max_tokens, list(stop), logprobs, echo, continued, constraint))
         return self._running
-
-    @property
-    def positions(self) -> Items[int]:
-        """Where each of `tokens` lies in the sequence; below 0 for what was dropped before its positions were counted anew."""
-        return self._at
-
-    def resume(self, tokens: Items[int], positions: Items[int], mark: Mark) -> None:
-        """Takes on what a saved sequence held at `mark` of the archive. DamagedPageError and ContextFullError leave the cache empty."""
-        self.sequence.clear()
-        try:
-            self.archive.load(mark)
-        except BaseException:
-            self._clear()
-            raise
-        self.tokens, self._at = list(tokens[: mark.count]), array("i", positions[: mark.count])
-
-    def adopt(self, tokens: Items[int], state: SequenceState, fill: Callable[[list[tuple[int, int, int]]], None]) -> None:
-        """Takes on `tokens`, whose pages `fill` writes: the (group, position, page) that `state` names. Where it raises, the cache is
-        left empty."""
-        self._clear()
-        try:
-            fill(self.sequence.adopt(state))
-        except BaseException:
-            self._clear()
-            raise
-        self.tokens, self._at = list(tokens), array("i", range(len(tokens)))
-
-    def mark(self) -> None:
-        """Makes what is held now a place that a later prompt can come back to without reading anything again; needs an archive."""
-        if self.tokens and self._at[-1] != _GONE:
-            self.archive.mark(len(self.tokens), whole=True)
 
     def interrupt(self) -> None:
         """Ends the running generation with Stop("interrupt") after the step in progress. Safe in a signal handler."""
@@ -156,65 +107,6 @@ class Engine:
         reason, text = yield from self._decode(job, drawn)
         job.stats.decode_seconds = time.perf_counter() - decoding
         yield Stop(reason, text, job.stats, tuple(job.prompt_logprobs))
-
-    def _keep_common_prefix(self, ids: list[int]) -> str | None:
-        """Rewinds the cache to what `ids` begins with, but for its last token. Returns what the user must be told."""
-        shared = 0
-        for mine, wanted in zip(self.tokens, ids[:-1], strict=False):
-            if mine != wanted:
-                break
-            shared += 1
-        why = self._rewind(shared)
-        if why is None:
-            return None
-        self._clear()
-        return f"reading the whole prompt again: it differs from what the cache held from token {shared} on, and {why}"
-
-    def _rewind(self, n: int) -> str | None:
-        """Takes the cache back to the first n of `tokens`, or to the mark below. Where it no longer holds what came just before, or
-        less than half a context would be left of what was once there: why; the cache is then of no use."""
-        if n == 0:
-            self._clear()
-            return None
-        if n == len(self.tokens) and self._at[-1] != _GONE:
-            return None
-        length = self._at[n - 1] + 1
-        kept = self.sequence.rewinds_to(length) if length else None
-        left = 0 if kept is None else kept - self.sequence.lost_before(kept)
-        mark = self.archive.best(n) if self.archive else None
-        if mark is not None and mark.state.length - PAGE * len(mark.state.evicted) > left:
-            return self._restore(mark)
-        if kept is None or length - self.sequence.lost_before(length) < min(n, self.n_ctx // 2):
-            return "what came before was dropped" if self.sequence.evicts else "the sliding window has moved on"
-        self._truncate(length)
-        del self.tokens[n:], self._at[n:]
-        self._drop_from(self.sequence.length)
-        return None
-
-    def _restore(self, mark: Mark) -> str | None:
-        """Takes the cache to `mark`, reading from disk what it has given up."""
-        from kvrun.cache.session_pages import DamagedPageError
-
-        try:
-            self.archive.load(mark)
-        except (DamagedPageError, ContextFullError) as error:
-            return str(error)
-        del self.tokens[mark.count :], self._at[mark.count :]
-        self.archive.rewound(mark.state.length)
-        return None
-
-    def _truncate(self, length: int) -> bool:
-        """Rewinds the sequence and what is on disk of it."""
-        done = self.sequence.truncate(length)
-        if done and self.archive:
-            self.archive.rewound(self.sequence.length)
-        return done
-
-    def _drop_from(self, length: int) -> None:
-        """Forgets the tokens at positions from `length` on: a rewind may end at the page border below where it was to."""
-        while self._at and self._at[-1] >= length:
-            self.tokens.pop()
-            self._at.pop()
 
     def _prefill(self, job: Job) -> Generator[Event, None, int | None]:
         """Runs the prompt. Returns the first drawn token; None when interrupted or when none is wanted."""
@@ -302,7 +194,7 @@ class Engine:
     def _mark_prompt(self, job: Job) -> None:
         """The prompt but for its last token is a place to come back to, for another answer."""
         count = len(job.ids) - 1
-        if self.archive is not None and count > 0 and len(self.tokens) >= count and self._at[count - 1] != _GONE:
+        if self.archive is not None and count > 0 and len(self.tokens) >= count and self._at[count - 1] != GONE:
             if not self.sequence.whole_pages or len(self.tokens) == count:
                 self.archive.mark(count, self._at[count - 1] + 1)
 
@@ -326,17 +218,13 @@ class Engine:
                 self._move(again, positions)
         except BaseException:
             del self.tokens[said:], self._at[said:]
-            self._move(again or (), itertools.repeat(_GONE))
+            self._move(again or (), itertools.repeat(GONE))
             if self._truncate(first):
                 self._drop_from(self.sequence.length)
             else:
                 self._clear()
             raise
         return drawn
-
-    def _move(self, indices: Iterable[int], positions: Iterable[int]) -> None:
-        for index, position in zip(indices, positions, strict=False):
-            self._at[index] = position
 
     def _announce(self, job: Job) -> Generator[Event, None, None]:
         """Tells and counts what was dropped since the last time."""
@@ -358,7 +246,7 @@ class Engine:
             where = spans(self._at[index] for index in dropped)
             self._news.append(Eviction(where, len(dropped), "n_positions"))
         self._truncate(0)
-        self._move(range(len(self._at)), itertools.repeat(_GONE))
+        self._move(range(len(self._at)), itertools.repeat(GONE))
         yield Notice(f"position {self._limit} is the last that the model was trained for: reading the {len(kept)} tokens "
                      "that are held again, from position 0")
         yield from self._announce(job)
@@ -371,11 +259,6 @@ class Engine:
             done += len(part)
             job.stats.reread_tokens += len(part)
             yield Prefill(done, len(kept), 0)
-
-    def _clear(self) -> None:
-        self._truncate(0)
-        self.tokens.clear()
-        del self._at[:]
 
     def _logprob(self, row: int, index: int, token: int, k: int) -> TokenLogprob:
         from kvrun.engine.logprobs import token_logprob
