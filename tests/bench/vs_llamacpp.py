@@ -30,6 +30,7 @@ def main() -> None:
                         help="which llama.cpp to build, on first use, from its source package (default: %(default)s)")
     parser.add_argument("--peer-model", type=Path, help="the file for llama-bench, when MODEL is a folder or a Hub model")
     parser.add_argument("--peer-args", default="", help='more arguments for llama-bench, such as "-fa on"')
+    parser.add_argument("--kv", default="f16", help="kvrun's cache format; llama.cpp's goes into --peer-args (default: %(default)s)")
     parser.add_argument("-p", "--prompt", type=int, default=512, help="prompt tokens (default: %(default)s)")
     parser.add_argument("-g", "--gen", type=int, default=64, help="decoded tokens (default: %(default)s)")
     parser.add_argument("-d", "--depth", type=int, nargs="*", default=[0], help="cached tokens before decoding (default: 0)")
@@ -45,7 +46,7 @@ def main() -> None:
     if peer_model.suffix != ".gguf":
         parser.error(f"llama-bench cannot read {peer_model}: name a .gguf file with --peer-model")
     n_ctx = max(options.prompt, *(d + options.gen for d in options.depth)) + 64
-    engine = kvrun.runtime.open_engine(files, device="cpu", n_ctx=n_ctx, kv="f16", threads=options.threads, max_out=1,
+    engine = kvrun.runtime.open_engine(files, device="cpu", n_ctx=n_ctx, kv=options.kv, threads=options.threads, max_out=1,
                                        prefill_chunk=512)
     ids = random.Random(0).choices(range(engine.spec.vocab_size), k=max(options.prompt, *options.depth, 1))
     names = ([f"pp{options.prompt}"] if options.prompt else []) + [f"tg{options.gen} @ {d}" for d in options.depth if options.gen]
@@ -75,7 +76,7 @@ def main() -> None:
         rows.append(row)
     engine.close()
 
-    print(f"{files.name}, {options.threads} threads, {engine.executor.isa} kernels; peer: {build} {options.peer_args}".rstrip())
+    print(f"{files.name}, {options.threads} threads, {engine.executor.isa} kernels, cache {options.kv}; peer: {build} {options.peer_args}".rstrip())
     print(f"{machine()['cpu']}; load before {load:.1f}; reads {bandwidth / 1e9:.1f} GB/s; tokens/s, median of {options.rounds} rounds in turn")
     print(f"{'':14}{'kvrun':>10}{'llama.cpp':>11}{'ratio':>8}{'of bandwidth':>14}")
     for row in rows:
