@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Processes that tests start must find the installed kvrun, not the sources of the folder they are started in.
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -13,9 +14,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shell's background job ignores SIGINT, and so would every process that the tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# An example may take as long as a busy machine makes it.
+settings.register_profile("kvrun", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvrun")
 
 
 @pytest.fixture(scope="session")

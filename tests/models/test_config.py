@@ -211,7 +211,7 @@ EXTRA = ["rope_parameters", "rope_scaling", "rope_theta", "layer_types", "slidin
          "residual_multiplier", "dtype", "architectures", "query_pre_attn_scalar"]
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_mutated_configs_give_a_spec_or_a_model_error(data):
     config = copy.deepcopy(data.draw(st.sampled_from(list(CONFIGS.values()))))

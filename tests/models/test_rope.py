@@ -52,7 +52,7 @@ thetas = st.sampled_from([10000.0, 100000.0, 500000.0, 1e6, 2e6, 12345.0])
 factors = st.floats(1.0, 64.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), head_dims, thetas, factors, st.sampled_from([2048, 8192, 32768]))
 def test_equals_transformers(data, head_dim, theta, factor, original):
     kind = data.draw(st.sampled_from(["linear", "llama3", "yarn"]))
@@ -71,7 +71,7 @@ def test_equals_transformers(data, head_dim, theta, factor, original):
     check(ours("llama", raw), theirs("llama", raw), theta)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.sampled_from([64, 96, 128]), st.sampled_from([1.0, 0.75, 0.5]), st.booleans())
 def test_longrope_and_partial_equal_transformers(data, head_dim, partial, long):
     half = int(head_dim * partial) // 2

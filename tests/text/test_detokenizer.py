@@ -33,14 +33,14 @@ _any = st.integers(-2, len(_PIECES) + 1).map(lambda i: [i])
 _ids = st.lists(st.one_of(_utf8, _any, st.sampled_from([[258], [259], [260]])), max_size=20).map(lambda x: sum(x, []))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(_ids, st.integers(0, 2))
 def test_sentencepiece_ids_read_as_the_library_reads_them(ids, strip):
     pieces = [_PIECES[i] for i in ids if 2 <= i < len(_PIECES)]
     assert _all(Detokenizer(_sentencepiece(strip)), ids) == _decoder(strip).decode(pieces)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_ids)
 def test_what_was_given_out_stays(ids):
     """Each step's text continues the last: decoding the ids so far, shorter by what is held back."""
@@ -53,7 +53,7 @@ def test_what_was_given_out_stays(ids):
             assert whole == shown       # nothing is held back after a token that is no byte
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 49151), max_size=30), st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_byte_level_ids_read_as_the_library_reads_them(smollm2_text, ids, text):
     for sequence in (ids, smollm2_text.encode(text)):

@@ -16,7 +16,7 @@ def _pieces(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in zip(bounds, bounds[1:])]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(_TEXT, _STOPS, st.lists(st.integers(0, 100), max_size=12))
 def test_any_split_stops_where_the_whole_text_does(text, stops, cuts):
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s and s in text]
@@ -34,7 +34,7 @@ def test_any_split_stops_where_the_whole_text_does(text, stops, cuts):
         assert not stopped and shown + watcher.flush() == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_TEXT, _STOPS)
 def test_holds_back_only_what_could_begin_a_stop_string(text, stops):
     watcher, shown = StopStrings(stops), ""

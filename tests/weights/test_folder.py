@@ -145,7 +145,7 @@ def test_cut_short_while_open(tmp_path):
         source.read("a")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_a_model_error_within_bounds(data, tmp_path):
     entries = {f"t{i}": {"dtype": "F32", "shape": [2, 4], "data_offsets": [32 * i, 32 * i + 32]} for i in range(3)}

@@ -150,7 +150,7 @@ def test_parts_of_a_split_file_are_refused(write_gguf):
         GgufFile(write_gguf({"split.count": 3, "split.no": 0}, {"a": np.ones(2, np.float32)}))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_a_model_error_within_bounds(data, write_gguf, tmp_path):
     """Whatever bytes a header holds: a ModelError or a file that reads, and memory of the order of the file."""

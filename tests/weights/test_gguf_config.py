@@ -161,7 +161,7 @@ def test_refusals(arch, meta, says, write_gguf):
         hf_config(write_model(write_gguf, arch, meta, {}))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_hostile_values_are_model_errors(data, write_gguf):
     """Whatever a header says: a config, which load_spec may still refuse, or a ModelError; in no time and memory."""
