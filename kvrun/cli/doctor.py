@@ -157,17 +157,28 @@ def _cuda() -> Section:
     return found
 
 
+def _with_size(folder: Path) -> str:
+    """The folder, and what its files take together: they can be deleted at any time."""
+    from kvrun.terminal import human_bytes
+
+    try:
+        return f"{folder} ({human_bytes(sum(entry.stat().st_size for entry in os.scandir(folder)))}, made again when needed)"
+    except OSError:
+        return f"{folder} (none yet)"
+
+
 def _places() -> Section:
     from huggingface_hub import constants
 
     from kvrun.hub.catalog import load_catalog, shipped_file, user_file
-    from kvrun.hub.store import store_dir
+    from kvrun.hub.store import packed_dir, store_dir
 
     from kvrun.cache.prompt_cache import prompts_dir
     from kvrun.cache.session import sessions_dir
 
     mine = user_file()
-    return {"sessions": str(sessions_dir()), "pages of prompts": str(prompts_dir()), "packaged models": str(store_dir()), "hub cache": str(constants.HF_HUB_CACHE),
+    return {"sessions": str(sessions_dir()), "pages of prompts": str(prompts_dir()), "packaged models": str(store_dir()),
+            "quantized weights": _with_size(packed_dir()), "hub cache": str(constants.HF_HUB_CACHE),
             "hub offline": bool(constants.HF_HUB_OFFLINE), "models.toml": str(shipped_file()),
             "your models.toml": str(mine) if mine.is_file() else f"{mine} (none yet)", "default model": load_catalog().default}
 

@@ -23,6 +23,11 @@ def store_dir() -> Path:
     return Path(platformdirs.user_cache_dir("kvrun", appauthor=False)) / "models"
 
 
+def packed_dir() -> Path:
+    """Where weights that were quantized here are kept."""
+    return store_dir().parent / "packed"
+
+
 def package_path(package: Package) -> Path:
     """Where this very file (its sha256 is part of the folder's name) lies once fetched."""
     return store_dir() / f"{Path(package.file).stem}-{package.sha256[:8]}" / package.file

@@ -18,6 +18,7 @@ from pathlib import Path
 from kvrun.backends.memory import Arena
 from kvrun.backends.native import lib
 from kvrun.errors import KvrunError
+from kvrun.hub.store import packed_dir
 from kvrun.models.spec import TensorRef
 from kvrun.weights.blob import open_file, read_bytes, read_into, samples
 from kvrun.weights.load import PackedWeight, requantizes
@@ -28,13 +29,6 @@ _HEADER = struct.Struct("<8s32s32sQ")  # magic, what it was made from, samples o
 _MAGIC = b"KVRUNPK\0"
 _START = 4096                          # of the data
 _PIECE = 8 << 20
-
-
-def kept_dir() -> Path:
-    """Where packed weights are kept."""
-    from kvrun.hub.store import store_dir
-
-    return store_dir().parent / "packed"
 
 
 class KeptWeights:
@@ -52,7 +46,7 @@ class KeptWeights:
         layout = repr([(p.weight, p.dtype, p.offset, p.n_bytes) for p in packed]).encode()
         where = hashlib.sha256(os.fsencode(os.path.abspath(source.path)) + layout).hexdigest()[:16]
         key = hashlib.sha256(repr((_VERSION, lib.KV_ABI, source.fingerprint())).encode() + layout).digest()
-        return cls(kept_dir() / f"{source.path.stem}-{where}.packed", key)
+        return cls(packed_dir() / f"{source.path.stem}-{where}.packed", key)
 
     def read(self, arena: Arena, threads: int, progress: Callable[[int, int], None] | None = None) -> bool:
         """Fills the arena. False, with anything in it, where there is no file, or not the one wanted, or not all of it."""

@@ -11,6 +11,7 @@ import pytest
 
 from kvrun.blueprint import Blueprint, Shape
 from kvrun.hub import resolve
+from kvrun.hub.store import packed_dir
 from kvrun.weights import kept, load
 from kvrun.weights.loaded import LoadedWeights
 
@@ -48,7 +49,7 @@ def read(folder, weights: str = "q4", threads: int = 2) -> tuple[bytes, list[str
 
 
 def files() -> list:
-    return sorted(kept.kept_dir().iterdir()) if kept.kept_dir().exists() else []
+    return sorted(packed_dir().iterdir()) if packed_dir().exists() else []
 
 
 @pytest.mark.parametrize("weights", ["q8", "q4"])
@@ -107,12 +108,12 @@ def test_a_file_touched_in_one_place(folder, packings):
 
 
 def test_a_folder_that_cannot_be_written(folder, packings):
-    cache = kept.kept_dir().parent
+    cache = packed_dir().parent
     cache.mkdir(parents=True)
-    kept.kept_dir().write_text("a file is in the way, which stops root too")
+    packed_dir().write_text("a file is in the way, which stops root too")
     data, told = read(folder)
-    assert len(told) == 1 and str(kept.kept_dir()) in told[0] and "\n" not in told[0]
-    kept.kept_dir().unlink()
+    assert len(told) == 1 and str(packed_dir()) in told[0] and "\n" not in told[0]
+    packed_dir().unlink()
     assert read(folder) == (data, [])
 
 
