@@ -30,7 +30,6 @@ def run(library: Path, runtime: Path, which: str) -> subprocess.CompletedProcess
     """The kernels' tests named by -k `which`, in a process of its own over a sanitized library."""
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:exitcode=99"
     env = os.environ | {"KVRUN_SIMT_LIBRARY": str(library), "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in (str(HERE.parents[1]), env.get("PYTHONPATH")) if p)
     return subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-x", str(HERE / "test_kernels.py"), str(HERE / "test_ops.py"),
                            "-k", f"simt and ({which})"], capture_output=True, text=True, env=env, cwd=HERE.parents[1])
 
