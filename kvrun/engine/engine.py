@@ -13,6 +13,7 @@ from kvrun.cache.evict import POLICIES, pinned_tokens, spans
 from kvrun.cache.formats import PAGE
 from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stop, Token, TokenLogprob
 from kvrun.engine.held import GONE, Held
+from kvrun.engine.history import stretch
 from kvrun.engine.job import Job
 from kvrun.errors import ContextFullError, UsageError
 
@@ -96,25 +97,27 @@ class Engine(Held):
 
     def _generate(self, job: Job) -> Generator[Event, None, None]:
         started = time.perf_counter()
+        kinds = b"" if job.echo else self.history.kinds(job.ids)
         notice = self._keep_common_prefix([] if job.echo else job.ids)
         self.sequence.begin_turn()
         job.stats.cached_tokens = self.held
         if notice:
             yield Notice(notice)
-        drawn = yield from self._prefill(job)
+        drawn = yield from self._prefill(job, kinds)
         decoding = time.perf_counter()
         job.stats.prefill_seconds = decoding - started
         reason, text = yield from self._decode(job, drawn)
         job.stats.decode_seconds = time.perf_counter() - decoding
         yield Stop(reason, text, job.stats, tuple(job.prompt_logprobs))
 
-    def _prefill(self, job: Job) -> Generator[Event, None, int | None]:
-        """Runs the prompt. Returns the first drawn token; None when interrupted or when none is wanted."""
+    def _prefill(self, job: Job, kinds: bytes) -> Generator[Event, None, int | None]:
+        """Runs the prompt. kinds: as History has them. Returns the first drawn token; None when interrupted or when none is wanted."""
         most = min(self.chunk, self.executor.plan.max_out) if job.echo else self.chunk
         drawn: list[int] = []
         while len(self.tokens) < len(job.ids) and not self._interrupted:
             start = len(self.tokens)
-            rows = self.sequence.most_rows(min(most, len(job.ids) - start))
+            alike, as_drawn = stretch(kinds, start, len(job.ids))
+            rows = self.sequence.most_rows(min(most, alike))
             if self._last_row_apart and rows > 1 and start + rows == len(job.ids):
                 rows -= 1
             yield from self._stay_in_range(rows, job)
@@ -125,7 +128,7 @@ class Engine(Held):
             part = job.ids[start : start + rows]
             draws = start + len(part) == len(job.ids) and job.max_tokens != 0
             out_rows = list(range(len(part))) if job.echo else [len(part) - 1] if draws else []
-            drawn = self._step(part, job, prefill=True, out_rows=out_rows, draw=draws)
+            drawn = self._step(part, job, prefill=not as_drawn, out_rows=out_rows, draw=draws)
             job.stats.prefilled_tokens += len(part)
             if job.echo:
                 self._read_prompt_logprobs(job, start, len(part))
@@ -212,6 +215,7 @@ class Engine(Held):
                 tokens=part, positions=list(positions), tables=[[table] for table in self.sequence.tables()],
                 prefill=prefill, out_rows=out_rows, sampler=job.sampler if draw else None, recent=list(job.seen)))
             if again is None:
+                self.history.note(said, part, not prefill)
                 self.tokens += part
                 self._at.extend(positions)
             else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence as Items
 from typing import TYPE_CHECKING
 
 from kvrun.cache.formats import PAGE
+from kvrun.engine.history import History
 from kvrun.errors import ContextFullError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Held:
 
     tokens: the ids that were read and said, in order. Their K and V are in the cache, but for those that a full context dropped.
     archive: where pages are kept on disk, so that a rewind finds what the cache has given up; None: nowhere.
+    history: what was read and said, also where the cache no longer holds it.
     """
 
     def __init__(self, sequence: Sequence, n_ctx: int) -> None:
@@ -34,6 +36,7 @@ class Held:
         # held was read again from position 0.
         self._at = array("i")
         self.archive: PageArchive | None = None
+        self.history = History()
 
     @property
     def held(self) -> int:
@@ -65,6 +68,7 @@ class Held:
             self._clear()
             raise
         self.tokens, self._at = list(tokens), array("i", range(len(tokens)))
+        self.history.note(0, self.tokens, drawn=False)
 
     def mark(self) -> None:
         """Makes what is held now a place that a later prompt can come back to without reading anything again; needs an archive."""

@@ -105,6 +105,7 @@ class SavedChat:
             "format": FORMAT, "created": self._created, "saved": time.time(), "model": self._model, "identity": self._identity,
             "system": self.conversation.system, "turns": list(_packed(self.conversation.turns)), "settings": self.settings,
             "tokens": engine.tokens, "positions": list(_runs(engine.positions)),
+            "drawn": list(_runs([i for i, kind in enumerate(engine.history.drawn[: len(engine.tokens)]) if kind])),
             "marks": [[m.count, m.state.length, [list(_runs([b // 128 for b in bases])) for bases in m.state.bases],
                        m.state.evicted, m.state.turns, m.side] for m in archive.marks],
             "pages": [[group, base, page.rows, page.file] for (group, base), page in archive.saved.items() if page.file in needed],
@@ -132,6 +133,10 @@ class SavedChat:
                            ("cache", f"another cache format ({document['model']['kv']})")):
             if identity[part] != self._identity[part]:
                 return [f"session {name} was saved with {what}: its conversation is read again with the next message"]
+        drawn = bytearray(len(document["tokens"]))
+        for first, n in document.get("drawn", ()):
+            drawn[first : first + n] = b"\1" * n
+        self.engine.history.set(document["tokens"], drawn)
         if not document["marks"]:
             if conversation.turns:
                 told.append(f"the cache of session {name} is no longer on disk: its conversation is read again with the next message")

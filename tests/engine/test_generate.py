@@ -96,6 +96,22 @@ def test_a_window_that_moved_on_is_read_again_and_said(open_tiny, sliding_model,
     check_consistent(engine)
 
 
+@pytest.mark.parametrize("kv", ["f16", "q8", "q4"])
+def test_what_was_drawn_is_read_again_as_it_was_drawn(open_tiny, sliding_model, rng, device, kv):
+    """The window has moved on, so all is computed again, drawn ids among prompts, and the pages are the same as before."""
+    if device == "reference":
+        pytest.skip("torch's sums depend on the number of rows")
+    engine, unbroken = (open_tiny(sliding_model, kv=kv, prefill_chunk=chunk) for chunk in (32, 100))
+    ids, question = random_ids(rng, 100), random_ids(rng, 30)
+    first = [collect(each.generate(ids, sampler=WARM, max_tokens=300)).ids for each in (engine, unbroken)]
+    wanted = collect(unbroken.generate(ids + first[1] + question, sampler=WARM, max_tokens=40))
+    collect(engine.generate(ids + first[0] + random_ids(rng, 200), max_tokens=20))
+    again = collect(engine.generate(ids + first[0] + question, sampler=WARM, max_tokens=40))
+    assert first[0] == first[1] and again.stop.stats.cached_tokens < wanted.stop.stats.cached_tokens
+    assert again.ids == wanted.ids
+    check_consistent(engine)
+
+
 @pytest.mark.parametrize("at", ["prefill", "decode"])
 def test_an_interrupt_loses_nothing(open_tiny, model, rng, device, at):
     ids = random_ids(rng, 200)

@@ -12,7 +12,7 @@ from .conftest import _devices
 from .running import collect
 from .tiny_model import random_model
 
-WARM = Sampler(seed=5, temperature=1.0, top_k=50)
+WARM, GREEDY = Sampler(seed=5, temperature=1.0, top_k=50), Sampler()
 FORMATS = ["f32", "f16", "q8", "q4", "q8/q4"]
 
 
@@ -65,45 +65,68 @@ MESSAGES = ["first " * 30, "second " * 40, "third"]
 FOLDERS = ["model", "sliding_model"]
 
 
+@pytest.mark.parametrize("sampler", [WARM, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_resumed_chat_goes_on_as_the_unbroken_one(chats, request, kv, folder):
+def test_a_resumed_chat_goes_on_as_the_unbroken_one(chats, request, kv, folder, sampler):
     path = request.getfixturevalue(folder)
     unbroken = chats(path, "unbroken", kv=kv)
-    said = [unbroken.turn(message, n=100).ids for message in MESSAGES]
+    said = [unbroken.turn(message, n=100, sampler=sampler).ids for message in MESSAGES]
     first = chats(path, kv=kv)
-    assert [first.turn(message, n=100).ids for message in MESSAGES[:2]] == said[:2]
+    assert [first.turn(message, n=100, sampler=sampler).ids for message in MESSAGES[:2]] == said[:2]
     first.close()
     resumed = chats(path, kv=kv)
     assert resumed.told == []
     assert (resumed.engine.tokens, resumed.conversation.messages) == (first.engine.tokens, first.conversation.messages)
-    answer = resumed.turn(MESSAGES[2], n=100)
+    answer = resumed.turn(MESSAGES[2], n=100, sampler=sampler)
     assert answer.ids == said[2] and answer.notices == []
     assert answer.stop.stats.prefilled_tokens == answer.stop.stats.prompt_tokens - len(first.engine.tokens)
 
 
+@pytest.mark.parametrize("sampler", [WARM, GREEDY], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_chat_whose_pages_are_gone_goes_on_as_the_unbroken_one(chats, request, kv, folder, sampler):
+    """All is read again: what had been drawn as it was drawn, so that the next answers are the same, and those after another loss too."""
+    path = request.getfixturevalue(folder)
+    unbroken = chats(path, "unbroken", kv=kv)
+    said = [unbroken.turn(message, n=100, sampler=sampler).ids for message in (*MESSAGES, "fourth")]
+    chat = chats(path, kv=kv)
+    for message in MESSAGES[:2]:
+        chat.turn(message, n=100, sampler=sampler)
+    for number, message in enumerate((MESSAGES[2], "fourth"), 2):
+        chat.close()
+        chat.store.limit = 0
+        assert chat.store.trim("unbroken") == ["s"]
+        chat = chats(path, kv=kv)
+        assert "no longer on disk" in chat.told[0]
+        answer = chat.turn(message, n=100, sampler=sampler)
+        assert answer.stop.stats.cached_tokens == 0 and answer.ids == said[number]
+
+
+@pytest.mark.parametrize("sampler", [WARM, GREEDY], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("kv", FORMATS)
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_undo_and_regen_read_nothing_again(chats, request, kv, folder, resume):
+def test_undo_and_regen_read_nothing_again(chats, request, kv, folder, resume, sampler):
     """The turn taken back is longer than a sliding window and fills pages."""
     path = request.getfixturevalue(folder)
     unbroken = chats(path, "unbroken", kv=kv)
-    said = [unbroken.turn(message, n=100).ids for message in (MESSAGES[0], "another one")]
+    said = [unbroken.turn(message, n=100, sampler=sampler).ids for message in (MESSAGES[0], "another one")]
     chat = chats(path, kv=kv)
-    chat.turn(MESSAGES[0], n=100)
+    chat.turn(MESSAGES[0], n=100, sampler=sampler)
     held = len(chat.engine.tokens)
-    chat.turn(MESSAGES[1], n=300)
+    chat.turn(MESSAGES[1], n=300, sampler=sampler)
     if resume:
         chat.close()
         chat = chats(path, kv=kv)
     # another answer to the same message: the whole prompt but its last token is there
     turn = chat.conversation.undo()[0]
-    again = chat.answer(chat.conversation.ask_again(turn), n=300)
+    again = chat.answer(chat.conversation.ask_again(turn), n=300, sampler=sampler)
     assert again.ids == turn.said and again.stop.stats.prefilled_tokens == 1 and again.notices == []
     # back to before it, and on with another message
     chat.conversation.undo()
-    answer = chat.turn("another one", n=100)
+    answer = chat.turn("another one", n=100, sampler=sampler)
     assert answer.ids == said[1] and answer.notices == []
     assert answer.stop.stats.prefilled_tokens <= answer.stop.stats.prompt_tokens - held
 
@@ -171,6 +194,7 @@ def test_another_format_or_model_reads_the_conversation_again(chats, model, tmp_
 def test_a_damaged_page_is_said_and_the_conversation_read_again(chats, model, rng, harm):
     chat = chats(model)
     chat.turn("word " * 60, n=10)
+    wanted = chat.turn("on", n=5, save=False).ids
     chat.close()
     victim = rng.choice(sorted(chat.session.pages.iterdir()))
     data = bytearray(victim.read_bytes())
@@ -182,6 +206,6 @@ def test_a_damaged_page_is_said_and_the_conversation_read_again(chats, model, rn
     again = chats(model)
     assert victim.name in again.told[0] and again.engine.tokens == []
     answer = again.turn("on", n=5)
-    assert answer.stop.stats.cached_tokens == 0
+    assert answer.stop.stats.cached_tokens == 0 and answer.ids == wanted
     again.close()
     assert chats(model).told == []
