@@ -109,6 +109,7 @@ def _default_model() -> str:
 
 def _chat(options: ChatOptions) -> int:
     from kvrun.cache.session import LIMIT, SessionStore
+    from kvrun.terminal.lines import typed_ahead
     from kvrun.text import prepare_chat
 
     console = opt.configure_console(options.output)
@@ -118,6 +119,7 @@ def _chat(options: ChatOptions) -> int:
     if not options.save and (options.resume or options.session):
         raise UsageError("--no-save goes with neither --continue nor --session")
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(typed_ahead())
         session = _open_session(options, store, console) if options.save else None
         if session is None:
             store = SessionStore(Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kvrun-"))))

@@ -206,7 +206,7 @@ class Chat:
                 raise KeyboardInterrupt
             self._next_interrupt_leaves = True
             if not said:
-                self.console.report("stopped before the answer began; the message was taken back")
+                self.console.report("stopped before the answer began; the message was taken back" + ("; Up brings it here" if self.on_terminal else ""))
         return bool(said)
 
     def report_stats(self) -> None:
@@ -221,11 +221,10 @@ class Chat:
         from kvrun.cli.interrupts import interrupts
         from kvrun.cli.report import eviction_line
         from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
-        from kvrun.terminal.lines import without_echo
 
         view = AnswerView(self.console, self.engine.text, prompt, self.think)
         ids: list[int] = []
-        with without_echo(), interrupts(self.engine, stay=self.on_terminal):
+        with interrupts(self.engine, stay=self.on_terminal):
             for event in events:
                 if isinstance(event, Token):
                     ids.append(event.id)
@@ -281,13 +280,19 @@ class Chat:
             self.console.notice(f"{history} cannot be written ({error.strerror}); the history of this chat will not be kept")
             return TerminalLines(None, **look)
 
+    @property
+    def held(self) -> int:
+        """Tokens of the conversation that are in the cache. The cache may hold more: of a turn taken back, until the next message."""
+        known = self.conversation.n_tokens
+        return self.engine.held if known is None else min(known, self.engine.held)
+
     def status(self) -> str:
         """The line below the prompt."""
         from kvrun.cache.formats import kv_name
         from kvrun.terminal import human_bytes
 
         pool = self.engine.pool
-        parts = [f"ctx {self.engine.held}/{self.engine.n_ctx}", f"kv {kv_name(pool.kv)} {human_bytes(pool.n_bytes)}"]
+        parts = [f"ctx {self.held}/{self.engine.n_ctx}", f"kv {kv_name(pool.kv)} {human_bytes(pool.n_bytes)}"]
         if self.last and self.last.stats.decode_steps:
             parts.append(f"{self.last.stats.decode_rate:.0f} tok/s")
         if self.attached:

@@ -26,16 +26,17 @@ class RmOptions:
 
 
 def rm(
-    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="An alias of models.toml or org/name[@revision].")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="An alias of models.toml, org/name[@revision], or a folder or file of your own.")],
     revision: opt.Revision = None,
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list of what was removed.")] = False,
     color: opt.Color = "auto",
     verbose: opt.Verbose = False,
 ) -> None:
-    """Delete what kvrun's store and the shared Hugging Face cache hold of MODEL.
+    """Delete what kvrun's store and the shared Hugging Face cache hold of MODEL, and its weights as they were quantized here.
 
-    Asks first, on a terminal; elsewhere --yes is needed. Your own folders and files are never touched.
+    Asks first, on a terminal; elsewhere --yes is needed. Your own folders and files are never touched: of those only
+    the quantized weights go.
 
     \b
     Examples:
@@ -67,3 +68,5 @@ def _rm(options: RmOptions, console: Console) -> None:
         return
     for r in found:
         console.line(f"removed {r.path} ({human_bytes(r.n_bytes)})")
+    if len(found) > 1:
+        console.line(f"{human_bytes(sum(r.n_bytes for r in found))} in all")

@@ -160,9 +160,11 @@ def _load(chat: Chat, argument: str) -> None:
 def _context(chat: Chat, argument: str) -> None:
     engine = chat.engine
     chat.console.report(chat.status())
-    dropped = len(engine.tokens) - engine.held
+    known = chat.conversation.n_tokens
+    said = len(engine.tokens) if known is None else known
+    dropped = min(said, len(engine.tokens)) - chat.held
     system = f", system prompt of {len(chat.conversation.system)} characters" if chat.conversation.system else ""
-    chat.console.report(f"{_turns(len(chat.conversation.turns))}{system}, {len(engine.tokens)} tokens read and said"
+    chat.console.report(f"{_turns(len(chat.conversation.turns))}{system}, {said} tokens read and said"
                         + (f", {dropped} of them no longer in the cache" if dropped > 0 else ""))
     before = 0
     for number, turn in enumerate(chat.conversation.turns, 1):

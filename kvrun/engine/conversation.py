@@ -55,6 +55,14 @@ class Conversation:
         return head + [{"role": role, "content": content} for turn in turns
                        for role, content in (("user", turn.user), ("assistant", turn.assistant))]
 
+    @property
+    def n_tokens(self) -> int | None:
+        """How many ids the turns have read and said; None where another encoding of them is to be read first."""
+        if not self.turns:
+            return 0
+        last = self.turns[-1]
+        return len(last.read) + len(last.said) if last.read else None
+
     def clear(self) -> None:
         """Forgets every turn; the system prompt stays."""
         self.turns = []

@@ -14,7 +14,7 @@ from kvrun.hub.files import ModelFiles, Progress
 from kvrun.hub.folder import open_folder, open_gguf
 from kvrun.hub.package import fetch_package
 from kvrun.hub.resolve import alias_settings, locate, open_package
-from kvrun.hub.store import locked, package_path, writing
+from kvrun.hub.store import locked, package_path, packed_files, writing
 
 
 def pull(model: str, *, revision: str | None = None, progress: Progress | None = None) -> ModelFiles:
@@ -50,7 +50,8 @@ def _from_hub(repo: str, file: str | None, revision: str, name: str, settings: d
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that `remove` would delete: a folder of the store, or of `repo` one file or the snapshot `commit`."""
+    """Something that `remove` would delete: a folder of the store, a file of weights that were quantized here, or of `repo` one file or
+    the snapshot `commit`."""
 
     path: Path
     n_bytes: int
@@ -59,15 +60,21 @@ class Removal:
 
 
 def removals(model: str, revision: str | None = None) -> list[Removal]:
-    """What this machine holds of `model` in the store and in the shared Hub cache, whole or not. NotFoundError where
-    there is nothing; UsageError for files that kvrun did not fetch."""
+    """What this machine holds of `model` in the store and in the shared Hub cache, whole or not, and of its weights as they were
+    quantized here; of files that kvrun did not fetch the latter alone. NotFoundError where there is nothing; UsageError."""
     where = locate(model, revision)
     if isinstance(where, Path):
-        raise UsageError(f"{model}: kvrun did not fetch it, so it does not remove it")
+        found = _packed(where)
+        if not found:
+            raise UsageError(f"{model}: kvrun did not fetch it, so it does not remove it")
+        return found
     found = []
     if isinstance(where, Alias):
-        if where.package and not revision and (folder := package_path(where.package).parent).is_dir():
-            found.append(Removal(folder, _size(folder)))
+        if where.package and not revision:
+            path = package_path(where.package)
+            if path.parent.is_dir():
+                found.append(Removal(path.parent, _size(path.parent)))
+            found += _packed(path)
         repo, wanted = where.repo, revision or where.revision
     else:
         repo, file, wanted = where
@@ -75,17 +82,24 @@ def removals(model: str, revision: str | None = None) -> list[Removal]:
             path = remote.cached_file(repo, file, wanted)
             if path is None:
                 raise NotFoundError(f"{model}: nothing of it is on this machine")
-            return [Removal(path, path.stat().st_size, repo)]
+            return [Removal(path, path.stat().st_size, repo), *_packed(path)]
     if repo and (folder := snapshot_folder(repo, wanted)):
-        found.append(Removal(folder, _size(folder), repo, folder.name))
+        found += [Removal(folder, _size(folder), repo, folder.name), *_packed(folder)]
     if not found:
         raise NotFoundError(f"{model}: nothing of it is on this machine")
     return found
 
 
+def _packed(source: Path) -> list[Removal]:
+    return [Removal(path, path.stat().st_size) for path in packed_files(source)]
+
+
 def remove(removal: Removal) -> None:
     """Deletes it; of a Hub snapshot also the blobs that no other snapshot uses. StorageError."""
     with writing(removal.path):
+        if removal.repo is None and removal.path.is_file():
+            removal.path.unlink(missing_ok=True)
+            return
         if removal.repo is None:
             with locked(removal.path):
                 for path in removal.path.iterdir():

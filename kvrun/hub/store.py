@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,21 @@ def store_dir() -> Path:
 def packed_dir() -> Path:
     """Where weights that were quantized here are kept."""
     return store_dir().parent / "packed"
+
+
+def packed_path(source: Path, layout: bytes) -> Path:
+    """Where the weights of the file or folder `source` are kept once they were quantized to `layout`."""
+    return packed_dir() / f"{source.stem}-{_place(source)}-{hashlib.sha256(layout).hexdigest()[:16]}.packed"
+
+
+def packed_files(source: Path) -> list[Path]:
+    """All that is kept of `source`, in any layout, also where `source` itself has gone."""
+    folder = packed_dir()
+    return sorted(folder.glob(f"*-{_place(source)}-*")) if folder.is_dir() else []
+
+
+def _place(source: Path) -> str:
+    return hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:16]
 
 
 def package_path(package: Package) -> Path:

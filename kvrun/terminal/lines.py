@@ -127,14 +127,16 @@ class PipedLines:
 
 
 @contextmanager
-def without_echo() -> Iterator[None]:
-    """While inside, what is typed does not appear amid an answer; it waits for the next prompt. Ctrl-C works as ever."""
+def typed_ahead() -> Iterator[None]:
+    """While inside, what is typed between two prompts does not appear amid an answer: it waits for the next prompt, and Enter ends
+    a message there too. Ctrl-C works as ever."""
     if not streams.is_terminal(streams.STDIN):
         yield
         return
     before = termios.tcgetattr(streams.STDIN)
     silent = [*before]
     silent[3] &= ~termios.ECHO
+    silent[0] &= ~termios.ICRNL  # or Enter would come as Ctrl-J, which begins a line
     termios.tcsetattr(streams.STDIN, termios.TCSANOW, silent)
     try:
         yield

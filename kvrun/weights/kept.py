@@ -18,7 +18,7 @@ from pathlib import Path
 from kvrun.backends.memory import Arena
 from kvrun.backends.native import lib
 from kvrun.errors import KvrunError
-from kvrun.hub.store import packed_dir
+from kvrun.hub.store import packed_path
 from kvrun.models.spec import TensorRef
 from kvrun.weights.blob import open_file, read_bytes, read_into, samples
 from kvrun.weights.load import PackedWeight, requantizes
@@ -44,9 +44,8 @@ class KeptWeights:
         if not any(requantizes(item, source, refs) for item in packed):
             return None
         layout = repr([(p.weight, p.dtype, p.offset, p.n_bytes) for p in packed]).encode()
-        where = hashlib.sha256(os.fsencode(os.path.abspath(source.path)) + layout).hexdigest()[:16]
         key = hashlib.sha256(repr((_VERSION, lib.KV_ABI, source.fingerprint())).encode() + layout).digest()
-        return cls(packed_dir() / f"{source.path.stem}-{where}.packed", key)
+        return cls(packed_path(source.path, layout), key)
 
     def read(self, arena: Arena, threads: int, progress: Callable[[int, int], None] | None = None) -> bool:
         """Fills the arena. False, with anything in it, where there is no file, or not the one wanted, or not all of it."""

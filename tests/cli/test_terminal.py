@@ -191,6 +191,19 @@ def test_typing_ahead_does_not_show_amid_the_answer(terminal, endless):
     assert shown.count("typed ahead") <= 1 and not re.search(r"line.*typed", shown)
 
 
+def test_messages_typed_ahead_are_taken_in_turn(terminal, endless):
+    """Enter ends a message also while an answer comes."""
+    screen = terminal("chat", endless, "-n", "100000", "--max-tokens", "1000", "--stats", rows=40, columns=160)
+    screen.wait_prompt()
+    screen.send("go\r")
+    screen.wait_for("line 101")
+    screen.send("next\r/undo\r")
+    shown = screen.wait(lambda display: "took back 1 turn, 1 turn left" in display)
+    assert re.search(r"^> next\nline 1", shown, re.M) or len(re.findall("answer 1000 tok", shown)) == 1
+    assert "/undo" in shown and re.search(r"^> /undo$", shown, re.M), shown
+    assert re.search(r"ctx 1\d\d\d/100000", screen.wait_prompt().split("\n")[-1])
+
+
 class Terminated:
     """A chat in a shell that says its exit code and what became of the terminal."""
 

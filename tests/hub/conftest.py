@@ -310,3 +310,17 @@ def tiny_gguf(tmp_path_factory) -> bytes:
     writer.write_tensors_to_file()
     writer.close()
     return path.read_bytes()
+
+
+def keep_packed(machine: Machine, source: Path | str) -> Path:
+    """A file as quantized weights of `source` are kept in."""
+    code = """
+import sys
+from pathlib import Path
+from kvrun.hub.store import packed_path
+path = packed_path(Path(sys.argv[1]), b"some layout")
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_bytes(b"weights")
+print(path)
+"""
+    return Path(machine.python(code, str(source)).stdout.strip())

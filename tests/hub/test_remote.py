@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .conftest import RESOLVE, Repo, tiny_files
+from .conftest import RESOLVE, Repo, keep_packed, tiny_files
 
 NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
 
@@ -244,7 +244,8 @@ def test_ls_show_and_rm(hub, machine):
     assert shown["chat_template"] is True
     asked = machine.kvrun("rm", "org/tiny")
     assert asked.returncode == 2 and json.loads(machine.kvrun("ls", "--json").stdout)
-    assert machine.kvrun("rm", "org/tiny", "--yes").returncode == 0
+    packed = keep_packed(machine, row["path"])
+    assert machine.kvrun("rm", "org/tiny", "--yes").returncode == 0 and not packed.exists()
     assert json.loads(machine.kvrun("ls", "--json").stdout) == []
     assert not list((machine.home / "hf/hub").glob("models--org--tiny/blobs/*"))
     assert machine.kvrun("rm", "org/tiny", "--yes").returncode == 3

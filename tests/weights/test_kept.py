@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvrun.blueprint import Blueprint, Shape
+from kvrun.errors import UsageError
 from kvrun.hub import resolve
 from kvrun.hub.store import packed_dir
 from kvrun.weights import kept, load
@@ -136,3 +137,19 @@ def test_two_at_once(folder):
     for worker in workers:
         worker.join()
     assert len(results) == 3 and all(r == results[0] for r in results) and len(files()) == 1
+
+
+def test_rm_takes_what_is_kept_of_a_model_and_leaves_its_own_files(folder, packings, tmp_path):
+    from kvrun.hub.pull import removals, remove
+
+    for each in (folder, random_model(tmp_path / "other", 2)):
+        read(each, "q8")
+        read(each, "q4")
+    found = removals(str(folder))
+    assert len(found) == 2 and all(r.n_bytes == r.path.stat().st_size > 4096 for r in found)
+    for removal in found:
+        remove(removal)
+    assert len(files()) == 2 and (folder / "model.safetensors").exists()
+    with pytest.raises(UsageError, match="did not fetch it"):
+        removals(str(folder))
+    assert len(removals(str(tmp_path / "other"))) == 2
