@@ -1,5 +1,18 @@
 """Errors that a user sees, each with its exit code. The message is one line: what, where, what to do."""
 
+from __future__ import annotations
+
+
+def show(value: object) -> str:
+    """A short, printable form of a value that came from a file: it may be huge or hold control characters."""
+    if isinstance(value, str):
+        return ascii(value if len(value) <= 60 else value[:57] + "...")
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() <= 128 else "an integer of hundreds of digits"
+    return f"a {type(value).__name__}"
+
 
 class KvrunError(Exception):
     """Base of every expected failure. `exit_code` is what the command exits with."""

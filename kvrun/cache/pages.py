@@ -279,6 +279,17 @@ class Sequence:
         self.length = state.length
         return missing
 
+    def could_hold(self, state: SequenceState) -> bool:
+        """Whether `state` is one that a sequence of these groups can be in: `adopt` trusts it."""
+        if state.length < 1 or len(state.bases) != len(self._groups):
+            return False
+        last, evicted = (state.length - 1) // PAGE * PAGE, set(state.evicted)
+        for group, bases in zip(self._groups, state.bases, strict=True):
+            oldest = max(0, state.length - group.window + 1) // PAGE * PAGE if group.window else 0
+            if not bases or bases[-1] != last or not evicted.union(bases).issuperset(range(oldest, last, PAGE)):
+                return False
+        return True
+
     def tables(self) -> list[PageTable]:
         """The page table of each group. Views of live arrays: valid until the next change of the sequence."""
         return [PageTable(g.pages, g.base) for g in self._groups]

@@ -114,7 +114,7 @@ class PromptCache:
                 right = header["data"]["shape"] == [len(into)] and file.readinto(memoryview(into)) == len(into)
                 right = right and digest(into) == header["__metadata__"]["sha256"]
             os.utime(path)  # used now
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             right = False
         if not right:
             path.unlink(missing_ok=True)

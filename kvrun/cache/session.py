@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvrun.cache.session_document import FORMAT, MAX_BYTES, check_document
 from kvrun.cache.session_pages import sync_file
 from kvrun.errors import KvrunError, NotFoundError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.cache.session_pages import PageArchive
 
-FORMAT = 1
 LIMIT = 4 << 30
 """Bytes that all sessions together may take by default."""
 _DOCUMENT, _PAGES, _LOCK = "session.json", "pages", "lock"
@@ -151,17 +151,19 @@ def read_document(folder: Path) -> dict[str, Any]:
     """The document of a session's folder, {} when there is none. DamagedSessionError."""
     path = folder / _DOCUMENT
     try:
-        outer = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+        outer = json.loads(data)
         body = json.dumps(outer["session"], ensure_ascii=True, separators=(",", ":"))
         if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
             raise ValueError("its checksum is another one")
-        if outer["session"]["format"] != FORMAT:
-            raise ValueError(f"it is of format {outer['session']['format']}, and this kvrun reads {FORMAT}")
-        return outer["session"]
+        return check_document(outer["session"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedSessionError(f"{path}: not a session: {getattr(error, 'strerror', None) or error}") from None
+        raise DamagedSessionError(f"{path}: not a session: {getattr(error, 'strerror', None) or str(error)[:200]}") from None
 
 
 class SessionStore:

@@ -94,7 +94,7 @@ def _read(path: Path, into: np.ndarray) -> None:
             header = json.loads(file.read(size)) if size <= _HEADER_LIMIT else {}
             if header.get("data", {}).get("shape") != [len(into)] or file.readinto(memoryview(into)) != len(into):
                 raise DamagedPageError(f"{path}: not the page that was saved here")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedPageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvrun.errors import StorageError, UsageError
+from kvrun.errors import StorageError, UsageError, show
 
 if TYPE_CHECKING:
     from kvrun.backends.batch import Sampler
@@ -180,6 +180,10 @@ class OutputOptions:
 # Sampler field -> its key in generation_config.json and in an alias' sampling table
 _GENERATION_KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
                     "repeat_penalty": "repetition_penalty"}
+SAMPLER_RANGES: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0.0, 100.0), "top_p": (float, 0.0, 1.0), "top_k": (int, 0, 1 << 30), "min_p": (float, 0.0, 1.0),
+    "repeat_penalty": (float, 1e-6, 1e6)}
+"""Sampler field -> its type, the least and the most that it may be."""
 
 
 def build_sampler(options: SamplingOptions, generation_config: dict[str, Any], alias: dict[str, Any]) -> Sampler:
@@ -198,20 +202,29 @@ def build_sampler(options: SamplingOptions, generation_config: dict[str, Any], a
     elif generation_config.get("do_sample") is True:
         config.setdefault("temperature", 1.0)
     given = {field: getattr(options, field) for field in _GENERATION_KEYS if getattr(options, field) is not None}
-    chosen = named(alias) | config | given
-    for field, kind in {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repeat_penalty": float}.items():
-        if field in chosen:
-            try:
-                chosen[field] = kind(chosen[field])
-            except (TypeError, ValueError):
-                raise UsageError(f"generation_config.json: {_GENERATION_KEYS[field]} is {chosen[field]!r}, not a number; "
-                                 "give the flag instead") from None
-    if chosen.get("repeat_penalty", 1.0) <= 0:
+    if given.get("repeat_penalty", 1.0) <= 0:
         raise UsageError("--repeat-penalty 0: must be above 0; 1 is off")
+    chosen = named(alias) | config | given
+    for field in SAMPLER_RANGES.keys() & chosen.keys():
+        chosen[field] = _in_range(field, chosen[field], given=field in given)
     seed = options.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4)) if chosen.get("temperature", 0.0) > 0 else 0
     return Sampler(seed=seed, **chosen)
+
+
+def _in_range(field: str, value: Any, *, given: bool) -> float:
+    """A sampler's value in its type. given: by a flag, else by generation_config.json. UsageError."""
+    kind, least, most = SAMPLER_RANGES[field]
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not least <= number <= most:
+        where, what = (f"--{field.replace('_', '-')}", "") if given else ("generation_config.json", f": {_GENERATION_KEYS[field]}")
+        where = {"--temperature": "--temp"}.get(where, where)
+        raise UsageError(f"{where}{what} is {show(value)}, not a number from {least:g} to {most:g}" + ("" if given else "; give the flag instead"))
+    return number
 
 
 def formats(text: str | None) -> tuple[str, ...]:

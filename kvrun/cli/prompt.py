@@ -9,6 +9,8 @@ from pathlib import Path
 from kvrun.errors import StorageError, UsageError
 from kvrun.terminal import streams
 
+_MOST = 64 << 20  # bytes of a file or of standard input
+
 
 def gather_prompt(argument: str | None, files: Sequence[Path], *, raw: bool) -> str:
     """The whole prompt: files, then standard input when it is no terminal, then the argument, a blank line between.
@@ -68,7 +70,11 @@ def read_stdin() -> str:
 def read_file(path: Path) -> str:
     """A file of UTF-8 text, without a byte order mark. Raises UsageError when it is none, StorageError."""
     try:
-        return _decode(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise UsageError(f"{path} has more than {_MOST >> 20} MiB, more than any context holds; give a part of it")
+        return _decode(data, str(path))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 

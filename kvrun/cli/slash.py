@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvrun.cli.options import SAMPLER_RANGES
 from kvrun.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def _system(chat: Chat, argument: str) -> None:
 
 
 # setting -> (field of the sampler, its type, the least, the most)
-_SETTINGS = {"temp": ("temperature", float, 0.0, 100.0), "top-p": ("top_p", float, 0.0, 1.0), "top-k": ("top_k", int, 0, 1 << 30),
-             "min-p": ("min_p", float, 0.0, 1.0), "repeat-penalty": ("repeat_penalty", float, 1e-6, 1e6), "seed": ("seed", int, 0, 2**64 - 1)}
+_SETTINGS = {"temp" if field == "temperature" else field.replace("_", "-"): (field, *bounds) for field, bounds in SAMPLER_RANGES.items()}
+_SETTINGS["seed"] = ("seed", int, 0, 2**64 - 1)
 
 
 def _set(chat: Chat, argument: str) -> None:
@@ -123,7 +124,9 @@ def _set(chat: Chat, argument: str) -> None:
 def _read(chat: Chat, argument: str) -> None:
     from kvrun.cli.prompt import read_file
 
-    path = Path(argument).expanduser()
+    path = _path(argument)
+    if path is None:
+        raise UsageError(f"/read {argument}: no such file")
     text = read_file(path)
     if not text.strip():
         raise UsageError(f"{path} is empty")
@@ -199,9 +202,17 @@ def _copy(chat: Chat, argument: str) -> None:
 
 
 def _number(text: str, what: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise UsageError(f"{what} {text}: give a whole number from 1 on")
+    if not text.isascii() or not text.isdigit() or not text.strip("0") or len(text) > 18:
+        raise UsageError(f"{what} {_short(text)}: give a whole number from 1 on")
     return int(text)
+
+
+def _path(text: str) -> Path | None:
+    """The path that was typed, ~ and ~USER replaced. None for what can be none."""
+    try:
+        return None if "\0" in text else Path(text).expanduser()
+    except RuntimeError:  # ~ of a user that there is not
+        return None
 
 
 def _choice(text: str, choices: tuple[str, ...], what: str) -> str:
@@ -221,9 +232,9 @@ def _short(text: str) -> str:
 
 def _paths(chat: Chat, begun: str) -> Iterator[str]:
     folder, _, name = begun.rpartition("/")
-    where = Path(folder + "/" if folder or begun.startswith("/") else ".").expanduser()
+    where = _path(folder + "/" if folder or begun.startswith("/") else ".")
     try:
-        for entry in sorted(os.scandir(where), key=lambda entry: entry.name):
+        for entry in sorted(os.scandir(where) if where else (), key=lambda entry: entry.name):
             if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
                 yield begun[: len(begun) - len(name)] + entry.name + ("/" if entry.is_dir() else "")
     except OSError:

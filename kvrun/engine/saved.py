@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from array import array
 from collections.abc import Iterator, Sequence as Items
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -123,10 +124,12 @@ class SavedChat:
         conversation.system = document["system"]
         conversation.turns = list(_unpacked(document["turns"]))
         name = self.session.name
-        if identity["tokenizer"] != self._identity["tokenizer"] or identity["template"] != self._identity["template"]:
+        lists = [document["tokens"], *(ids for turn in document["turns"] for ids in (turn["read"], turn["said"]))]
+        strange = max(max(ids, default=0) for ids in lists) >= self.engine.spec.vocab_size
+        if strange or identity["tokenizer"] != self._identity["tokenizer"] or identity["template"] != self._identity["template"]:
             for turn in conversation.turns:
                 turn.read, turn.said, turn.plain = [], [], []
-            other = "model" if identity["weights"] != self._identity["weights"] else "chat template"
+            other = "model" if strange or identity["weights"] != self._identity["weights"] else "chat template"
             return [f"session {name} was saved with another {other} ({document['model']['name']}): its conversation is read again with "
                     "the next message"]
         for part, what in (("weights", f"another model ({document['model']['name']})"), ("ropes", "another position encoding"),
@@ -141,20 +144,23 @@ class SavedChat:
             if conversation.turns:
                 told.append(f"the cache of session {name} is no longer on disk: its conversation is read again with the next message")
             return told
-        self._archive.marks = [_mark(fields) for fields in document["marks"]]
-        self._archive.saved = {(group, base): SavedPage(file, rows) for group, base, rows, file in document["pages"]}
+        positions = array("q", _flat(document["positions"]))
         try:
-            self.engine.resume(document["tokens"], list(_flat(document["positions"])), self._archive.marks[-1])
+            self._archive.marks = [self._mark(fields, positions) for fields in document["marks"]]
+            self._archive.saved = {(group, base): SavedPage(file, rows) for group, base, rows, file in document["pages"]}
+            self.engine.resume(document["tokens"], positions, self._archive.marks[-1])
         except (DamagedPageError, ContextFullError) as error:
             self._archive.marks, self._archive.saved = [], {}
             told.append(f"session {name}: {error}; its conversation is read again with the next message")
         return told
 
-
-def _mark(fields: Items[Any]) -> Mark:
-    count, length, groups, evicted, turns, side = fields
-    bases = tuple(tuple(128 * page for page in _flat(runs)) for runs in groups)
-    return Mark(count, SequenceState(length, bases, tuple(evicted), tuple(turns)), side)
+    def _mark(self, fields: Items[Any], positions: Items[int]) -> Mark:
+        """DamagedPageError for one that is none of this sequence's."""
+        count, length, groups, evicted, turns, side = fields
+        state = SequenceState(length, tuple(tuple(128 * page for page in _flat(runs)) for runs in groups), tuple(evicted), tuple(turns))
+        if positions[count - 1] != length - 1 or not self.engine.sequence.could_hold(state):
+            raise DamagedPageError(f"{self.session.folder}: what it says of the cache does not agree with itself")
+        return Mark(count, state, side)
 
 
 def _runs(values: Items[int]) -> Iterator[list[int]]:

@@ -6,11 +6,13 @@ file of a snapshot is a link to a blob, whose name is the file's checksum.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvrun.errors import KvrunError
+from kvrun.hub.folder import read_index
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SAFE_REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
@@ -72,13 +74,13 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the weight files that the folder should have, the index's where there is one; [] if it has none."""
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"]
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-        return sorted(set(map(str, index["weight_map"].values())))
-    except FileNotFoundError:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
         single = [p.name for p in folder.glob("*.safetensors")]
         return single if len(single) == 1 else []
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    try:
+        return sorted(set(read_index(index, "").values()))
+    except KvrunError:
         return []
 
 

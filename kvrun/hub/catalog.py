@@ -7,12 +7,13 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from kvrun.errors import NotFoundError, StorageError, UsageError
+from kvrun.errors import NotFoundError, StorageError, UsageError, show
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*)==([\w.!+-]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_FILE = 1 << 20
 # of a sampling table: name -> (lowest, highest, type)
 _SAMPLING = {"temperature": (0.0, 10.0, float), "top_p": (0.0, 1.0, float), "min_p": (0.0, 1.0, float),
              "top_k": (0, 1 << 20, int), "repetition_penalty": (0.01, 10.0, float)}
@@ -90,22 +91,26 @@ def load_catalog() -> Catalog:
     aliases = shipped.aliases | own.aliases
     default = own.default or shipped.default
     if default not in aliases:
-        raise UsageError(f"{mine}: default = {default!r}, but there is no such model")
+        raise UsageError(f"{mine}: default = {show(default)}, but there is no such model")
     return Catalog(aliases, default)
 
 
 def _read(path: Path) -> Catalog:
     try:
-        data = tomllib.loads(path.read_bytes().decode())
+        with path.open("rb") as file:
+            raw = file.read(_MAX_FILE + 1)
+        if len(raw) > _MAX_FILE:
+            raise UsageError(f"{path}: more than {_MAX_FILE >> 20} MiB, no list of models is that large")
+        data = tomllib.loads(raw.decode())
     except OSError as e:
         raise StorageError(f"{path}: cannot be read: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path}: not valid TOML: {e}") from None
+    except (ValueError, RecursionError) as e:           # a number of thousands of digits is no TOMLDecodeError
+        raise UsageError(f"{path}: not valid TOML: {str(e)[:200]}") from None
     top = _Table(path, "", data)
     default = top.take("default", str, "")
     models = top.take("models", dict, {})
     top.done()
-    return Catalog({name: _alias(_Table(path, f"models.{name}", entry), name) for name, entry in models.items()}, default)
+    return Catalog({name: _alias(_Table(path, f"models.{name if len(name) <= 64 else show(name)}", entry), name) for name, entry in models.items()}, default)
 
 
 class _Table:
@@ -127,17 +132,17 @@ class _Table:
             raise self.fail(f"{key} is missing")
         if value is default:
             return value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and value.bit_length() <= 128:
             value = float(value)
         if type(value) is not kind:
-            raise self.fail(f"{key} must be a {kind.__name__}, not {value!r}")
+            raise self.fail(f"{key} must be a {kind.__name__}, not {show(value)}")
         if check and not (check.fullmatch(value) if isinstance(check, re.Pattern) else check(value)):
-            raise self.fail(f"{key} = {value!r} is not valid")
+            raise self.fail(f"{key} = {show(value)} is not valid")
         return value
 
     def done(self) -> None:
         if self.data:
-            raise self.fail(f"unknown key {next(iter(self.data))!r}")
+            raise self.fail(f"unknown key {show(next(iter(self.data)))}")
 
 
 def _alias(t: _Table, name: str) -> Alias:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kvrun.errors import ModelError, NotFoundError, StorageError
+from kvrun.errors import ModelError, NotFoundError, StorageError, show
 from kvrun.hub.files import ModelFiles
 
 _MAX_JSON = 16 << 20
+_MAX_NAME = 255         # bytes that file systems allow a name
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -33,6 +34,20 @@ def read_json(path: Path, repair: str) -> dict:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object; {repair}")
     return value
+
+
+def read_index(path: Path, repair: str) -> dict[str, str]:
+    """model.safetensors.index.json as tensor -> shard, each the name of a file that could lie beside it. ModelError."""
+    mapping = read_json(path, repair).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ModelError(f"{path}: has no weight_map; {repair}")
+    for name, shard in mapping.items():
+        if type(shard) is not str or not shard.endswith(".safetensors") or set(shard) & set("/\\\0") or shard[0] == ".":
+            raise ModelError(f"{path}: puts {show(name)} into {show(shard)}, which is no safetensors file of this folder")
+    for shard in set(mapping.values()):
+        if len(shard.encode("utf-8", "replace")) > _MAX_NAME or not shard.isprintable():
+            raise ModelError(f"{path}: shard {show(shard)} is missing; {repair}")
+    return mapping
 
 
 def open_config(path: Path, name: str, repair: str = "fetch it again", **settings) -> ModelFiles:

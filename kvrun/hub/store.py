@@ -44,6 +44,11 @@ def _place(source: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()[:16]
 
 
+def checked_dir() -> Path:
+    """Where it is noted, in empty files, which tokenizers were found good."""
+    return store_dir().parent / "checked"
+
+
 def package_path(package: Package) -> Path:
     """Where this very file (its sha256 is part of the folder's name) lies once fetched."""
     return store_dir() / f"{Path(package.file).stem}-{package.sha256[:8]}" / package.file

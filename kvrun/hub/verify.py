@@ -100,8 +100,9 @@ def _slices(source, name: str) -> Iterator:
         yield source.read(name, start, min(start + step, shape[0]))
 
 
-# kind -> (bytes of a block, its leading 16-bit scales): integers cannot be NaN, scales can
-_SCALES = {"q4_0": (18, 1), "q4_1": (20, 2), "q5_0": (22, 1), "q8_0": (34, 1), "q4_k": (144, 2)}
+# kind -> (bytes of a block, where in it its 16-bit scales begin and end): integers cannot be NaN, scales can
+_SCALES = {"q4_0": (18, 0, 2), "q4_1": (20, 0, 4), "q5_0": (22, 0, 2), "q8_0": (34, 0, 2), "q4_k": (144, 0, 4), "q5_k": (176, 0, 4),
+           "q6_k": (210, 208, 210)}
 
 
 def _finite(dtype: str, data) -> bool:
@@ -110,8 +111,8 @@ def _finite(dtype: str, data) -> bool:
 
     raw = np.frombuffer(data, np.uint8)
     if dtype in _SCALES:
-        block, scales = _SCALES[dtype]
-        raw = np.ascontiguousarray(raw.reshape(-1, block)[:, :2 * scales]).reshape(-1)
+        block, begin, end = _SCALES[dtype]
+        raw = np.ascontiguousarray(raw.reshape(-1, block)[:, begin:end]).reshape(-1)
         dtype = "f16"
     kind, exponent = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}[dtype]
     bits = raw.view(kind)

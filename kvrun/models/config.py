@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import math
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 
 REQUIRED = object()
 """As a default: the key must be there and not null."""
-
-
-def show(value: object) -> str:
-    """A short, printable form of a value that came from a file: it may be huge or hold control characters."""
-    if isinstance(value, str):
-        return ascii(value if len(value) <= 60 else value[:57] + "...")
-    if value is None or isinstance(value, (bool, float)):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if value.bit_length() <= 128 else "an integer of hundreds of digits"
-    return f"a {type(value).__name__}"
 
 
 class Config:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from kvrun.models.config import REQUIRED, Config, show
+from kvrun.errors import show
+from kvrun.models.config import REQUIRED, Config
 from kvrun.models.family import Family, families
 from kvrun.models.rope import FULL, MAX_CONTEXT, SLIDING, read_ropes
 from kvrun.models.spec import LayerSpec, ModelSpec, RopeSpec

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from kvrun.models.config import Config, show
+from kvrun.errors import show
+from kvrun.models.config import Config
 from kvrun.models.family import Family
 from kvrun.models.spec import RopeSpec
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Iterator
 
-from kvrun.errors import ModelError
-from kvrun.models.config import show
+from kvrun.errors import ModelError, show
 from kvrun.models.family import GGUF_NAMES, Family
 from kvrun.models.load import find_family
 from kvrun.models.spec import ModelSpec, TensorRef

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvrun.errors import ModelError
-from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
+from kvrun.errors import ModelError, StorageError, show
+from kvrun.hub.folder import read_json
+from kvrun.text.tokenizer import MAX_ADDED, Decoding, Tokenizer, turn_ends
+from kvrun.text.tokenizer_guard import why_not
 
-_MAX_JSON = 256 << 20           # the largest known tokenizer.json has about 35 MB
+_MAX_JSON = 64 << 20            # bytes; the largest known tokenizer.json has about 35 MB
+_MAX_ID = 10                    # digits
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 _SAMPLE = "a B\n 1é日🎉"         # encoded once, so that a tokenizer that panics does so while the model loads
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,14 +39,9 @@ class _Folder:
     def json(self, name: str) -> dict:
         """A file's object, {} if there is no such file."""
         try:
-            value = json.loads((self.path / name).read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as e:
-            raise self.broken(name, f"is not readable JSON: {e}") from None
-        if not isinstance(value, dict):
-            raise self.broken(name, "is not a JSON object")
-        return value
+            return read_json(self.path / name, self.repair) if (self.path / name).exists() else {}
+        except OSError as e:
+            raise self.broken(name, f"cannot be read: {e.strerror}") from None
 
     def guarded(self, call: Callable, starting: bool = False):
         """The result of a call of the tokenizers library. What it raises, a panic of its Rust side included, becomes a
@@ -73,11 +73,18 @@ def from_folder(path: Path, repair: str = "fetch it again") -> Tokenizer:
     if not path.is_file():
         older = " (only the older tokenizer.model)" if (folder.path / "tokenizer.model").is_file() else ""
         raise folder.broken(".", f"no tokenizer.json{older}, which kvrun reads")
-    if path.stat().st_size > _MAX_JSON:
-        raise folder.broken(path.name, f"{path.stat().st_size} bytes are more than any tokenizer has")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_JSON + 1)
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e.strerror}") from None
+    if len(data) > _MAX_JSON:
+        raise folder.broken(path.name, f"more than {_MAX_JSON >> 20} MiB, and no tokenizer is that large")
+    if (why := why_not(data)) is not None:
+        raise folder.broken(path.name, f"the tokenizer cannot be used: {why}")
     config, older = folder.json("tokenizer_config.json"), folder.json("special_tokens_map.json")
     from tokenizers import Tokenizer as Library
-    library = folder.guarded(lambda: Library.from_file(str(path)), starting=True)
+    library = folder.guarded(lambda: Library.from_buffer(data), starting=True)
     library.no_truncation()
     library.no_padding()
     names = {name: content for name in _NAMES if (content := _content(config.get(name, older.get(name)))) is not None}
@@ -109,7 +116,7 @@ class _LibraryEncoder:
         from tokenizers import AddedToken, Tokenizer as Library
         key = tuple(sorted(stand_ins.items())), frozenset(plain)
         if self._marked is None or self._marked[0] != key:
-            copy = Library.from_str(self._library.to_str())
+            copy = self._folder.guarded(lambda: Library.from_str(self._library.to_str()))
             known = {token.content: token for token in copy.get_added_tokens_decoder().values()}
             # Special tokens are not matched below, so a token that must stay text is made one.
             copy.add_special_tokens([token for content, token in known.items() if content in plain])
@@ -128,21 +135,25 @@ def _add_tokens(library, folder: _Folder, config: dict, older: dict, names: dict
     from tokenizers import AddedToken
     listed = config.get("added_tokens_decoder")
     if isinstance(listed, dict):
-        for key, entry in sorted(listed.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0):
-            if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
-                raise folder.broken("tokenizer_config.json", f"damaged: added token {key!r}")
+        if len(listed) > MAX_ADDED:
+            raise folder.broken("tokenizer_config.json", f"{len(listed)} added tokens; at most {MAX_ADDED} are taken")
+        for key, entry in sorted(listed.items(), key=lambda item: _number(item[0])):
+            content = _content(entry)
+            if _number(key) < 0 or not isinstance(entry, dict) or content is None:
+                raise folder.broken("tokenizer_config.json", f"damaged: added token {show(key)}")
             if library.token_to_id(content) is None:
                 flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
                 library.add_tokens([AddedToken(content, **flags)])
                 if library.token_to_id(content) != int(key):
-                    raise folder.broken("tokenizer.json", f"has no token {content!r}, which tokenizer_config.json "
+                    raise folder.broken("tokenizer.json", f"has no token {show(content)}, which tokenizer_config.json "
                                                           f"gives the id {key}")
     more = [*names.values()]
     for source in (config, older):
         for key in ("additional_special_tokens", "extra_special_tokens"):
             value = source.get(key)
             value = value.values() if isinstance(value, dict) else value
-            more += filter(None, map(_content, value or ()))
+            if isinstance(value, (list, tuple, type({}.values()))):
+                more += filter(None, map(_content, value))
     known = {token.content: token for token in library.get_added_tokens_decoder().values()}
     library.add_special_tokens([known.get(content, AddedToken(content, normalized=False, special=True))
                                 for content in dict.fromkeys(more) if library.token_to_id(content) is not None])
@@ -199,7 +210,12 @@ def _templates(folder: _Folder, config: dict) -> dict[str, str]:
 def _content(token) -> str | None:
     """A special token of a config: a string, or an object with its content."""
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) and token else None
+    return token if isinstance(token, str) and token and not _SURROGATE.search(token) else None
+
+
+def _number(key: str) -> int:
+    """The id that a key spells, -1 for none."""
+    return int(key) if key.isascii() and key.isdecimal() and len(key) <= _MAX_ID else -1
 
 
 def _is_panic(e: BaseException) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 from kvrun.text.lazy_bpe import Added, LazyBpe
 from kvrun.text.pretokenizers import GPT2, pre_tokenizer
-from kvrun.text.tokenizer import Decoding, Tokenizer, turn_ends
+from kvrun.text.tokenizer import MAX_ADDED, MAX_TOKENS, Decoding, Tokenizer, turn_ends
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
 _SPACE = "\u2581"
+_MAX_LONG = 1 << 17      # pieces that every text is searched for; Gemma 3 has 45, SmolLM2 155
+_MAX_SPECIAL = 1 << 10   # characters: every cut of the unknown token is looked at
 # Converters fill ids that have a row in the embedding but no token with names like these; nobody can type them.
 _FILLER = re.compile(r"\[PAD\d+\]")
 
@@ -36,11 +38,13 @@ def from_gguf(metadata: Mapping, where: str, repair: str = "fetch it again") -> 
     meta = _Metadata(metadata, where, repair)
     kind = meta.text("model")
     if kind not in ("gpt2", "llama"):
-        raise ModelError(f"{where}: tokenizer kind {kind!r} is not supported (tokenizer.ggml.model); "
+        raise ModelError(f"{where}: tokenizer kind {show(kind)} is not supported (tokenizer.ggml.model); "
                          "kvrun reads gpt2 and llama")
     tokens, types = meta.strings("tokens"), meta.numbers("token_type")
     if not tokens:
         raise meta.damaged("the vocabulary is empty (tokenizer.ggml.tokens)")
+    if len(tokens) > MAX_TOKENS:
+        raise meta.damaged(f"a vocabulary of {len(tokens)} tokens; at most {MAX_TOKENS} are taken")
     if types and len(types) != len(tokens):
         raise meta.damaged(f"{len(tokens)} tokens with {len(types)} types")
     odd = [i for i, t in enumerate(types) if t != _NORMAL and not _FILLER.fullmatch(tokens[i])]
@@ -54,12 +58,18 @@ def from_gguf(metadata: Mapping, where: str, repair: str = "fetch it again") -> 
             special.setdefault(tokens[i], i)
             user.pop(tokens[i], None)
     rstrip = _strips_after(metadata)
+    if len(special) + len(user) > MAX_ADDED:
+        raise meta.damaged(f"{len(special) + len(user)} special and user-defined tokens; at most {MAX_ADDED} are taken")
+    if any(len(tokens[i]) > _MAX_SPECIAL for i in at.values()):
+        raise meta.damaged(f"a special token of more than {_MAX_SPECIAL} characters")
     added = {token: Added(i, True, rstrip(token)) for token, i in special.items() if token}
     added.update((token, Added(i, False, rstrip(token))) for token, i in user.items() if token)
     if kind == "gpt2":
         encoder, decoding, add_bos = _byte_level(meta, tokens, added)
     else:
         encoder, decoding, add_bos = _sentencepiece(meta, tokens, types, added, at.get("unk"))
+    if encoder.n_long > _MAX_LONG:
+        raise meta.damaged(f"{encoder.n_long} tokens that are longer than a word")
     add_bos = meta.flag("add_bos_token", add_bos)
     prefix = (at["bos"],) if add_bos and "bos" in at else ()
     ends = turn_ends(special) | {at[name] for name in ("eos", "eot", "eom") if name in at}

@@ -45,6 +45,11 @@ class LazyBpe:
         self._present: dict[str, Added] = {}
         self._built = None
 
+    @property
+    def n_long(self) -> int:
+        """How many pieces are searched for in every text."""
+        return len(self._long)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """See Encoder."""
         known, present = self._pieces(text)

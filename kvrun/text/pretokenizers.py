@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -86,5 +86,5 @@ def pre_tokenizer(name: str, where: str) -> PreTokenizer:
     """The cut of that name. ModelError if kvrun does not know it."""
     if found := PRE_TOKENIZERS.get(name):
         return found
-    raise ModelError(f"{where}: unknown pre-tokenizer {name!r} (tokenizer.ggml.pre); "
+    raise ModelError(f"{where}: unknown pre-tokenizer {show(name)} (tokenizer.ggml.pre); "
                      "use the model's safetensors folder, which carries its tokenizer.json")

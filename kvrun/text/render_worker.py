@@ -1,4 +1,4 @@
-"""The process that renders chat templates. Runs as a script, by itself: standard library and jinja2 only.
+"""The process that renders chat templates. Runs as a script, with jinja2 and limits.py alone.
 
 A chat template is a program from the internet. Jinja's sandbox keeps it from reaching Python, but not from running for
 ever or from filling memory ('x' * 10**9 is folded while the template is compiled). The system can: this process has a
@@ -14,37 +14,7 @@ Argument: JSON of {"path": sys.path, "memory": bytes it may take, "seconds": of 
 
 import json
 import os
-import signal
 import sys
-
-
-def _limit(memory: int) -> None:
-    try:
-        import resource
-    except ImportError:
-        return                  # no such limits on Windows; the deadline of template.py holds there too
-    try:
-        with open("/proc/self/statm") as f:
-            memory += int(f.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        memory += 64 << 20
-    for name, value in (("RLIMIT_AS", memory), ("RLIMIT_DATA", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0),
-                        ("RLIMIT_NPROC", 0)):
-        limit = getattr(resource, name, None)
-        if limit is not None:
-            try:
-                hard = resource.getrlimit(limit)[1]
-                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.setrlimit(limit, (value, value))
-            except (ValueError, OSError):
-                pass            # macOS refuses RLIMIT_AS
-
-
-def _alarm(seconds: float) -> None:
-    """Ends this process after so many seconds of computing; 0 calls that off. Computing, not waiting: a busy machine
-    must not make a good template look bad, and a template cannot wait."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _environment():
@@ -154,17 +124,19 @@ def _write(data: bytes) -> None:
 def main() -> None:
     setup = json.loads(sys.argv[1])
     sys.path[:] = setup["path"]
+    from kvrun.text.limits import alarm, limit_memory
+
     env = _environment()
-    _limit(setup["memory"])
+    limit_memory(setup["memory"])
     compiled: dict = {}
     while True:
         request = json.loads(_read(int.from_bytes(_read(8), "little")))
-        _alarm(setup["seconds"])
+        alarm(setup["seconds"])
         try:
             answer = json.dumps(_answer(env, compiled, request)).encode()
         except MemoryError:
             answer = b'{"error": "failed", "message": "it wants too much memory"}'
-        _alarm(0)
+        alarm(0)
         _write(len(answer).to_bytes(8, "little") + answer)
         del request, answer
 

@@ -21,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvrun.errors import ModelError
+from kvrun.text.limits import environment
 
 _SECONDS = 1.5              # of computing for one rendering; the slowest of 70 real templates takes 0.06
 _PATIENCE = 15.0 if hasattr(signal, "setitimer") else 1.5       # seconds to wait for it, should the machine be busy
 _START_SECONDS = 30.0       # for the process to answer its first request, on a machine that is busy
 _MEMORY = 256 << 20         # address space on top of what the process has at its start
 _MAX_TEXT = 64 << 20        # bytes of a rendered conversation
-_MAX_SOURCE = 1 << 20       # characters of a template; the longest known one has 20,000
+_MAX_SOURCE = 1 << 17       # characters of a template; the longest known one has 20,000
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -98,13 +99,11 @@ class _Worker:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         setup = {"path": [p for p in sys.path if p], "memory": _MEMORY, "seconds": _SECONDS}
-        # What a template must not see is not there; TZ is for strftime_now, the rest lets the interpreter start.
-        keep = ("TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(Path(__file__).with_name("render_worker.py")), json.dumps(setup)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                env={name: os.environ[name] for name in keep if name in os.environ},
+                env=environment(),      # what a template must not see is not there
                 # Ctrl-C is for kvrun alone
                 **({"process_group": 0} if os.name == "posix" else {}))
         except OSError as e:

@@ -9,6 +9,12 @@ from typing import Protocol
 from kvrun.errors import ModelError
 
 
+MAX_TOKENS = 1 << 21
+"""Entries of a vocabulary: the largest known one has 262,144."""
+MAX_ADDED = 60_000
+"""Tokens that are matched as whole strings: a stand-in character each, for guard.py, and a look at every text."""
+
+
 class Encoder(Protocol):
     """Text -> ids, with nothing put before or after."""
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from kvrun.errors import ModelError
-from kvrun.hub.folder import read_json
+from kvrun.errors import ModelError, show
+from kvrun.hub.folder import read_index
 from kvrun.weights.blob import fingerprint, open_file, read_bytes, read_into, refuse_lfs_pointer
 from kvrun.weights.source import RawTensor
 
 _DTYPES = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2)}
-_MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_HEADER = 32 << 20  # the library allows 100 MB; at 120 bytes a tensor this is room for 280,000 of them
 _INDEX = "model.safetensors.index.json"
 
 
@@ -68,7 +68,7 @@ class FolderSource:
         if shape:
             stop = shape[0] if stop is None else stop
             if not 0 <= start < stop <= shape[0]:
-                raise ModelError(f"{entry.path}: rows {start} to {stop} of {name!r}, which has {shape[0]}")
+                raise ModelError(f"{entry.path}: rows {start} to {stop} of {show(name)}, which has {shape[0]}")
             shape = (stop - start, *shape[1:])
         row = prod(shape[1:]) * width
         data = np.empty(prod(shape) * width, np.uint8)
@@ -92,9 +92,9 @@ class FolderSource:
         try:
             entry = self._tensors[name]
         except KeyError:
-            raise ModelError(f"{self.folder}: tensor {name!r} is missing; {self.repair}") from None
+            raise ModelError(f"{self.folder}: tensor {show(name)} is missing; {self.repair}") from None
         if entry.dtype not in _DTYPES:
-            raise ModelError(f"{entry.path}: tensor {name!r} is {entry.dtype}; only {', '.join(_DTYPES)} are supported")
+            raise ModelError(f"{entry.path}: tensor {show(name)} is {entry.dtype}; only {', '.join(_DTYPES)} are supported")
         return entry
 
     def _open(self) -> None:
@@ -106,7 +106,7 @@ class FolderSource:
         headers = {shard: self._header(self.folder / shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in headers[shard]:
-                raise ModelError(f"{self.folder / shard}: the index puts tensor {name!r} there, but it is missing; "
+                raise ModelError(f"{self.folder / shard}: the index puts tensor {show(name)} there, but it is missing; "
                                  f"{self.repair}")
             self._tensors[name] = headers[shard][name]
 
@@ -123,14 +123,10 @@ class FolderSource:
         path = self.folder / _INDEX
         if not path.exists():
             return None
-        mapping = read_json(path, self.repair).get("weight_map")
-        if not isinstance(mapping, dict) or not mapping:
-            raise ModelError(f"{path}: has no weight_map; {self.repair}")
-        for shard in dict.fromkeys(map(str, mapping.values())):
-            if not shard.endswith(".safetensors") or set(shard) & set("/\\\0") or shard.startswith("."):
-                raise ModelError(f"{path}: names {shard!r}, which is no safetensors file of this folder")
+        mapping = read_index(path, self.repair)
+        for shard in dict.fromkeys(mapping.values()):
             if not (self.folder / shard).is_file():
-                raise ModelError(f"{path}: shard {shard!r} is missing; {self.repair}")
+                raise ModelError(f"{path}: shard {show(shard)} is missing; {self.repair}")
         return mapping
 
     def _header(self, path: Path) -> dict[str, _Entry]:

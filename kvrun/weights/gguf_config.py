@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 from kvrun.weights.blob import read_bytes
 from kvrun.weights.gguf_file import GgufArray, GgufFile
 
@@ -32,7 +32,7 @@ class _Meta:
         self.file, self.meta = file, file.metadata
         self.arch = self.meta.get("general.architecture")
         if self.arch not in _ARCHITECTURES:
-            raise ModelError(f"{file.path}: architecture {self.arch!r} is not supported "
+            raise ModelError(f"{file.path}: architecture {show(self.arch)} is not supported "
                              f"(known: {', '.join(sorted(_ARCHITECTURES))})")
 
     def get(self, key: str, kind: type, default=None):
@@ -48,7 +48,7 @@ class _Meta:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise self.file.fail(f"damaged: {self.arch}.{key} is {value!r}, not {kind.__name__}")
+            raise self.file.fail(f"damaged: {self.arch}.{key} is {show(value)}, not {kind.__name__}")
         return value
 
     def need(self, key: str, kind: type):
@@ -143,7 +143,7 @@ def _factors(m: _Meta, name: str) -> list[float] | None:
     if t is None:
         return None
     if t.dtype != "f32" or t.n_bytes > 1 << 16:
-        raise m.file.fail(f"damaged: tensor {name!r} is {t.dtype} {list(t.shape)}")
+        raise m.file.fail(f"damaged: tensor {show(name)} is {t.dtype} {list(t.shape)}")
     data = read_bytes(m.file.fd, t.n_bytes, t.offset, m.file.path, m.file.repair)
     return list(struct.unpack(f"<{t.n_bytes // 4}f", data))
 
@@ -173,7 +173,7 @@ def _rope_scaling(m: _Meta) -> dict | None:
             if (value := m.get(f"rope.scaling.{gguf}", float)) is not None:
                 out[hf] = value
         return out | ({"attention_factor": attn} if attn else {})
-    raise ModelError(f"{m.file.path}: RoPE scaling {kind!r} is not supported")
+    raise ModelError(f"{m.file.path}: RoPE scaling {show(kind)} is not supported")
 
 
 def _windows(m: _Meta, config: dict, period: int) -> None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 from kvrun.weights.blob import open_file, read_into, refuse_lfs_pointer
 
 _MAX_HEADER = 256 << 20   # the largest known vocabularies need about 20 MiB
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 17
+_MAX_ITEMS = 1 << 22      # of an array: the largest known one, the merges of Gemma 3, has 514,906
 _MAX_NAME = 1 << 16
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 # value type -> struct code; 8 is a string, 9 an array
@@ -169,10 +170,12 @@ class GgufFile:
             self._pos += n
             return value
         if kind == _STRING:
-            return self._string(f"the value of {key!r}")
+            return self._string(f"the value of {show(key)}")
         if kind != _ARRAY:
-            raise self.fail(f"damaged: {key!r} has unknown value type {kind}")
+            raise self.fail(f"damaged: {show(key)} has unknown value type {kind}")
         kind, count = self._u32(), self._u64()
+        if count > _MAX_ITEMS:
+            raise self.fail(f"damaged: {show(key)} is an array of {count} items")
         array = GgufArray(self, key, kind, count, self._pos)
         if kind == _STRING:
             self._skip_strings(count)
@@ -181,7 +184,7 @@ class GgufFile:
             self._need(end)
             self._pos = end
         else:
-            raise self.fail(f"damaged: {key!r} is an array of value type {kind}")
+            raise self.fail(f"damaged: {show(key)} is an array of value type {kind}")
         return array
 
     def _decode_array(self, key: str, kind: int, count: int, pos: int) -> list:
@@ -194,7 +197,7 @@ class GgufFile:
                 pos = start + unpack(buf, pos)[0]
                 out.append(buf[start:pos].decode())
         except UnicodeDecodeError:
-            raise self.fail(f"damaged: item {len(out)} of {key!r} is not UTF-8") from None
+            raise self.fail(f"damaged: item {len(out)} of {show(key)} is not UTF-8") from None
         return out
 
     # -- the header -------------------------------------------------------------------------------------------------
@@ -218,33 +221,33 @@ class GgufFile:
         for _ in range(n_keys):
             key = self._string("a metadata key", _MAX_NAME)
             if key in metadata:
-                raise self.fail(f"damaged: metadata key {key!r} twice")
+                raise self.fail(f"damaged: metadata key {show(key)} twice")
             metadata[key] = self._value(key)
         self.metadata: Mapping = metadata
         if isinstance(n := metadata.get("split.count"), int) and n > 1:
             raise ModelError(f"{self.path}: one of {n} parts; join them with `llama-gguf-split --merge` first")
         align = metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align <= 0 or align % 8:
-            raise self.fail(f"damaged: general.alignment is {align!r}")
+            raise self.fail(f"damaged: general.alignment is {show(align)}")
         entries = [self._entry() for _ in range(n_tensors)]
         start = -(-self._pos // align) * align
         self.tensors: dict[str, GgufTensor] = {}
         for name, kind, shape, at in entries:
             if name in self.tensors:
-                raise self.fail(f"damaged: tensor {name!r} twice")
+                raise self.fail(f"damaged: tensor {show(name)} twice")
             if at % align:
-                raise self.fail(f"damaged: tensor {name!r} is not aligned to {align} bytes")
+                raise self.fail(f"damaged: tensor {show(name)} is not aligned to {align} bytes")
             dtype, block, block_bytes = self._type(name, kind)
             if shape[-1] % block:
-                raise self.fail(f"damaged: rows of {name!r} have {shape[-1]} elements, no multiple of {block} ({dtype})")
+                raise self.fail(f"damaged: rows of {show(name)} have {shape[-1]} elements, no multiple of {block} ({dtype})")
             self.tensors[name] = GgufTensor(name, kind, dtype, shape, block, block_bytes, start + at)
         end = start
         for t in sorted(self.tensors.values(), key=lambda t: t.offset):
             if t.offset < end:
-                raise self.fail(f"damaged: tensor {t.name!r} overlaps the one before it")
+                raise self.fail(f"damaged: tensor {show(t.name)} overlaps the one before it")
             end = t.offset + t.n_bytes
             if end > self.size:
-                raise self.fail(f"cut short: tensor {t.name!r} ends at byte {end} of {self.size}")
+                raise self.fail(f"cut short: tensor {show(t.name)} ends at byte {end} of {self.size}")
         del self._buf[self._pos:]
 
     def _entry(self) -> tuple[str, int, tuple[int, ...], int]:
@@ -252,10 +255,10 @@ class GgufFile:
         name = self._string("a tensor name", _MAX_NAME)
         n_dims = self._u32()
         if not 1 <= n_dims <= 4:
-            raise self.fail(f"damaged: tensor {name!r} has {n_dims} dimensions")
+            raise self.fail(f"damaged: tensor {show(name)} has {n_dims} dimensions")
         shape = tuple(reversed([self._u64() for _ in range(n_dims)]))
         if not all(shape) or prod(shape) > 1 << 60:
-            raise self.fail(f"damaged: tensor {name!r} has shape {list(shape)}")
+            raise self.fail(f"damaged: tensor {show(name)} has shape {list(shape)}")
         return name, self._u32(), shape, self._u64()
 
     def _type(self, name: str, kind: int) -> tuple[str, int, int]:
@@ -266,5 +269,5 @@ class GgufFile:
             known = GGMLQuantizationType(kind)
             return (known.name.lower(), *GGML_QUANT_SIZES[known])
         except (ValueError, KeyError):
-            raise ModelError(f"{self.path}: tensor {name!r} has unknown quantization {kind}; "
+            raise ModelError(f"{self.path}: tensor {show(name)} has unknown quantization {kind}; "
                              "update gguf (pip install -U gguf) or fetch another quantization") from None

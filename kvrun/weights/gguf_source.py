@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
-from kvrun.errors import ModelError
+from kvrun.errors import ModelError, show
 from kvrun.weights.blob import fingerprint, read_into
 from kvrun.weights.gguf_file import GgufFile, GgufTensor
 from kvrun.weights.source import DTYPES, RawTensor
@@ -55,11 +55,11 @@ class GgufSource:
         t = self._tensor(name)
         stop = t.shape[0] if stop is None else stop
         if not 0 <= start < stop <= t.shape[0]:
-            raise ModelError(f"{self.file.path}: rows {start} to {stop} of {name!r}, which has {t.shape[0]}")
+            raise ModelError(f"{self.file.path}: rows {start} to {stop} of {show(name)}, which has {t.shape[0]}")
         row = prod(t.shape[1:])
         first, count = start * row, (stop - start) * row
         if first % t.block or count % t.block:
-            raise ModelError(f"{self.file.path}: rows {start} to {stop} of {name!r} cut a {t.dtype} block")
+            raise ModelError(f"{self.file.path}: rows {start} to {stop} of {show(name)} cut a {t.dtype} block")
         shape = (stop - start, *t.shape[1:])
         if t.dtype in DTYPES:
             data = np.empty(count // t.block * t.block_bytes, np.uint8)
@@ -83,9 +83,9 @@ class GgufSource:
         try:
             t = self.file.tensors[name]
         except KeyError:
-            raise ModelError(f"{self.file.path}: tensor {name!r} is missing") from None
+            raise ModelError(f"{self.file.path}: tensor {show(name)} is missing") from None
         if t.dtype not in DTYPES and not _can_dequantize(t.type, t.block_bytes):
-            raise ModelError(f"{self.file.path}: tensor {name!r} is {t.dtype}, which cannot be dequantized")
+            raise ModelError(f"{self.file.path}: tensor {show(name)} is {t.dtype}, which cannot be dequantized")
         return t
 
     def _fill(self, t: GgufTensor, first: int, data) -> None:

@@ -15,6 +15,8 @@ from kvrun.cache.session import DamagedSessionError, SessionStore, commit, read_
 from kvrun.cache.session_pages import PageArchive
 from kvrun.errors import NotFoundError, UsageError
 
+from .documents import document
+
 GROUPS = (CacheGroup(window=0, layers=(0, 2), kv_heads=1, head_dim=16), CacheGroup(window=200, layers=(1,), kv_heads=1, head_dim=16))
 
 
@@ -34,10 +36,6 @@ def new_pool(kv=("q8", "q4")):
     return Pool(GROUPS, n_ctx=2048, chunk=128, kv=kv)
 
 
-def document(archive, step):
-    return {"format": 1, "step": step, "needed": sorted(archive.files())}
-
-
 def save_for_ever(store, seed):
     """What a chat does, as fast as it can: tokens come, pages fill, now and then some are taken back, and each time all is saved."""
     draw = np.random.default_rng(seed)
@@ -55,7 +53,7 @@ def save_for_ever(store, seed):
             pool.groups[group].side[:64] = draw.integers(0, 256, 64, dtype=np.uint8)
         archive.mark(step + 1, whole=True)
         assert archive.failed is None
-        commit(session, archive, lambda step=step: document(archive, step))
+        commit(session, archive, lambda step=step: document(step=step, needed=sorted(archive.files())))
 
 
 def test_killed_at_any_moment_it_is_the_old_or_the_new(store, rng, tmp_path):
@@ -91,7 +89,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(store, rng, tmp_path):
 
 def test_one_process_at_a_time(store):
     session = store.open("one")
-    session.write({"format": 1})
+    session.write(document())
     child = os.fork()
     if child == 0:
         try:
@@ -114,15 +112,15 @@ def test_what_was_never_saved_leaves_nothing(store):
 @pytest.mark.parametrize("harm", [b"", b"{", b"[]", b'{"sha256":"0","session":{"format":1}}', b"\xff\xfe", b'{"session":' + b"[" * 100_000])
 def test_a_damaged_document_is_put_aside(store, harm):
     session = store.open("s")
-    session.write({"format": 1, "text": "äöü"})
-    assert read_document(session.folder) == {"format": 1, "text": "äöü"}
+    session.write(document(text="äöü"))
+    assert read_document(session.folder) == document(text="äöü")
     (session.folder / "session.json").write_bytes(harm)
     with pytest.raises(DamagedSessionError, match="session.json"):
         session.read()
     assert [info.damaged for info in store] == [True]
     aside = session.quarantine()
     assert (aside / "session.json").read_bytes() == harm and list(store) == []
-    session.write({"format": 1})
+    session.write(document())
     session.close()
     assert [info.name for info in store] == ["s"]
 
@@ -140,7 +138,7 @@ def test_names(store):
 def test_the_session_used_longest_ago_loses_its_pages_first(store):
     for age, name in enumerate(("new", "middle", "old")):
         session = store.open(name)
-        session.write({"format": 1})
+        session.write(document())
         (session.pages / "page").write_bytes(bytes(1000))
         os.utime(session.folder / "session.json", (1000 - age, 1000 - age))
         session.close()
@@ -160,14 +158,14 @@ def test_the_session_used_longest_ago_loses_its_pages_first(store):
 
 def test_a_full_disk_leaves_the_old_session(store, monkeypatch):
     session = store.open("s")
-    session.write({"format": 1, "turn": 1})
+    session.write(document(turn=1))
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sessions.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        session.write({"format": 1, "turn": 2})
+        session.write(document(turn=2))
     monkeypatch.undo()
     assert read_document(session.folder)["turn"] == 1
     assert sorted(path.name for path in session.folder.iterdir()) == ["lock", "pages", "session.json"]
