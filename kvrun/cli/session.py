@@ -135,7 +135,7 @@ def export(
         text = f"# {name}\n\nModel: {document['model']['name']}\n" + "".join(
             f"\n## {message['role'].capitalize()}\n\n{message['content'].strip()}\n" for message in messages(document))
     if output is None:
-        console.out(text)
+        console.line(text.removesuffix("\n"))
         return
     try:
         output.write_text(text, encoding="utf-8")

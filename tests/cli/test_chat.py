@@ -1,6 +1,5 @@
 """A chat that people keep open: its commands, its sessions and its screen, on a real pseudo-terminal."""
 
-import base64
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import subprocess
 import pytest
 
 from ..engine.tiny_model import random_model, scripted_model
-from .conftest import KVRUN
+from .conftest import HOSTILE, KVRUN
 from .terminal import Screen
 
 
@@ -44,40 +43,6 @@ def leave(screen):
 def last_document(state):
     folder = max((p for p in os.scandir(state["XDG_STATE_HOME"] + "/kvrun/sessions")), key=lambda p: p.stat().st_mtime_ns)
     return json.loads(open(folder.path + "/session.json").read())["session"]
-
-
-def test_every_command_says_what_it_did(chat, scripted, tmp_path):
-    (tmp_path / "notes.txt").write_text("remember the milk\n")
-    screen = chat(scripted, "-s", "be brief", env={"HOME": str(tmp_path)}, columns=180)
-    screen.ask("/undo", "there is no turn to take back")
-    screen.ask("/regen", "there is no turn yet")
-    screen.ask("/copy", "there is no answer yet")
-    screen.ask("/stats", "no answer yet")
-    shown = screen.ask("hi", "Welt")
-    assert "ctx " in shown.split("\n")[-1] and "kv f16" in shown and "tok/s" in shown
-    screen.ask("/help", "/regen ")
-    screen.ask("/context", "1 turn, system prompt of 8 characters")
-    screen.ask("/stats", "answer 4 tok")
-    screen.ask("/stats maybe", "give on or off")
-    screen.ask("/system", "system prompt: be brief")
-    screen.ask("/system be long", "the system prompt is changed")
-    screen.ask("/set", "max-tokens")
-    screen.ask("/set temp 0.5", "temp            0.5")
-    screen.ask("/set temp hot", "give a number from 0 to 100")
-    screen.ask("/set tmep 1", "did you mean temp?")
-    screen.ask("/think hide", "reasoning: hide")
-    screen.ask("/read ~/notes.txt", "18 bytes, read before your next message")
-    assert "with notes.txt" in screen.display
-    screen.ask("/read ~/absent", "cannot read")
-    screen.ask("/read", "/read needs FILE")
-    screen.ask("what?", "Welt")
-    screen.ask("/context", "remember the milk what?")
-    screen.ask("/copy", "given to the terminal's clipboard")
-    assert b"\x1b]52;c;" + base64.b64encode("Größe,\nWelt".encode()) + b"\x07" in screen.raw
-    screen.ask("/undo 5", "took back 2 turns, 0 turns left")
-    screen.ask("/undo -1", "give a whole number")
-    screen.ask("/nonsense", "no such command")
-    leave(screen)
 
 
 def test_edit_and_regen(chat, scripted, state):
@@ -262,19 +227,48 @@ def test_a_message_of_several_lines(chat, scripted, state):
     assert last_document(state)["turns"][0]["user"] == "one\ntwo"
 
 
-def test_wide_and_combining_characters_and_a_resize(chat, state, scripted):
-    screen = chat(scripted, columns=60)
+def test_wide_and_combining_characters_and_a_resize(chat, state, tmp_path):
+    answer = "日本 Größe e\u0301 🎉 " + "世界" * 30 + " end"
+    data = answer.encode()
+    screen = chat(scripted_model(tmp_path / "m", _pieces(data)), columns=60)
     message = "日本語 " * 12 + "e\u0301 🎉 end"
     screen.send(message)
     screen.wait_for("end")
+    assert _lines(screen, "> 日")[0] == "> " + "日本語 " * 8 + "日" and "日本語 é 🎉 end" in _text(screen)
     screen.process.setwinsize(30, 40)
     screen.screen.resize(30, 40)
     screen.wait(lambda display: "end" in display and display.count("日") >= 12)
+    assert all(len(line) <= 40 for line in screen.display.split("\n"))
     screen.send("\r")
-    screen.wait_for("Welt")
+    screen.wait(lambda display: display.count("end") == 2)
     screen.wait_prompt()
+    shown = "".join(_lines(screen, "日本 Gr"))
+    assert shown.startswith("日本 Größe é 🎉 世界") and shown.replace("\n", "").split(" end")[0].endswith("世界")
     leave(screen)
-    assert last_document(state)["turns"][0]["user"] == message
+    turn = last_document(state)["turns"][0]
+    assert (turn["user"], turn["assistant"]) == (message, answer)
+
+
+def _pieces(data: bytes) -> list[bytes]:
+    """Cut into tokens of three bytes, inside characters too, all different."""
+    pieces, at = [], 0
+    while at < len(data):
+        size = next(n for n in range(3, 60) if data[at : at + n] not in pieces)
+        pieces.append(data[at : at + size])
+        at += size
+    return pieces
+
+
+def _text(screen) -> str:
+    """The screen with wide characters as one each; pyte gives them a second, empty cell."""
+    return "\n".join("".join(cell.data for cell in (line[x] for x in range(screen.screen.columns))).rstrip() for line in
+                     (screen.screen.buffer[y] for y in range(screen.screen.lines)))
+
+
+def _lines(screen, begin: str) -> list[str]:
+    """From the last line that begins so on."""
+    lines = _text(screen).split("\n")
+    return lines[max(i for i, line in enumerate(lines) if line.startswith(begin)) :]
 
 
 def test_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
@@ -283,11 +277,15 @@ def test_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
     screen.wait_for("long long")
     screen.send("\r")
     screen.wait_for("reading: ")
-    for _ in range(3):  # an impatient second one does not end the chat
-        os.kill(screen.process.pid, signal.SIGINT)
-    screen.wait_for("the message was taken back")
+    screen.send("\x03\x03\x03")  # an impatient second one does not end the chat
+    screen.wait_for("the message was taken back; Up brings it here")
+    assert screen.wait_prompt().split("\n")[-1].startswith("ctx 0/60000 ") and "reading" not in screen.display
+    shown = screen.display
+    screen.send("\x1b[A")
+    screen.wait(lambda display: display != shown and display.split("\n")[-2].endswith("long"))
+    screen.send("\x03")
     screen.wait_prompt()
-    screen.ask("/context", "0 turns")
+    screen.ask("/context", "0 turns, 0 tokens read and said")
     screen.ask("short", "tok/s")
 
 
@@ -309,3 +307,13 @@ def test_a_chat_that_is_not_saved_leaves_nothing(environment, state, scripted, t
                             env=environment | state | {"TMPDIR": str(tmp_path)}, timeout=60)
     assert result.returncode == 0 and b"took back 1 turn" in result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("kvrun-")] == [] and not (tmp_path / "state/kvrun/sessions").exists()
+
+
+def test_an_exported_session_is_shown_and_not_executed_on_a_terminal(environment, state, hostile):
+    subprocess.run([*KVRUN, "chat", str(hostile), "--session", "s"], input=b"a \x1b[31mred one\n", capture_output=True, env=environment | state, timeout=60)
+    for command in (["export", "s"], ["export", "s", "--format", "json"], ["show", "s"], ["show", "s", "--json"], ["ls"]):
+        screen = Screen([*KVRUN, "session", *command], environment | state, columns=100)
+        assert screen.end() == 0 and b"\x1b" not in screen.raw and screen.screen.title == "", command
+        assert "ls" in command or "red one" in screen.display.replace("\n", "")
+    piped = subprocess.run([*KVRUN, "session", "export", "s"], capture_output=True, env=environment | state, timeout=60)
+    assert b"".join(HOSTILE) in piped.stdout
