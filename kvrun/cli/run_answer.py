@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvrun.cli import options as opt
-from kvrun.errors import ContextFullError, UsageError
+from kvrun.errors import ContextFullError, KvrunError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.cache.prompt_cache import PromptCache
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvrun.engine.events import Stop
     from kvrun.hub.files import ModelFiles
     from kvrun.terminal import Console
-    from kvrun.text.grammar import Constraint
+    from kvrun.text.grammar import Constraint, Grammar
 
 
 class Runner:
@@ -29,7 +29,8 @@ class Runner:
         self.continues = options.raw or not engine.text.has_template
         self.sampler = opt.build_sampler(options.sampling, files.generation_config, files.sampling)
         opt.set_overflow(options.overflow, engine, files, options.system, chat=not self.continues)
-        self._grammar = None
+        self._grammar: Grammar | None = None
+        self._constraint: Constraint | None = None
         if schema is not None:
             from kvrun.text.grammar import from_schema
 
@@ -69,6 +70,9 @@ class Runner:
         if end.reason == "interrupt":
             return 130
         output.check(end)
+        if end.reason in ("length", "stop") and self._constraint is not None and not self._constraint.whole:
+            raise KvrunError(f"the answer was cut before {'--schema' if options.schema else '--regex'} was fulfilled; use a larger --max-tokens"
+                             + (", or no --stop" if end.reason == "stop" else ""))
         if end.reason == "context":
             raise ContextFullError(f"the answer was cut: prompt and answer fill all {self.engine.n_ctx} tokens of context; "
                                    "use a larger --n-ctx, --max-tokens, or --overflow evict")
@@ -90,7 +94,8 @@ class Runner:
             return None
         from kvrun.text.reasoning import opened_by
 
-        return self._grammar.begin(None if self.continues else opened_by(prompt_end(self.engine, ids)))
+        self._constraint = self._grammar.begin(None if self.continues else opened_by(prompt_end(self.engine, ids)))
+        return self._constraint
 
     def generate(self, ids: list[int], output: Output, cache: PromptCache | None = None) -> Stop:
         """Runs one answer through `output`. Ctrl-C and SIGTERM end it."""

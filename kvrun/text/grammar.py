@@ -87,6 +87,11 @@ class Constraint:
     def _opens_block(self, token: int) -> bool:
         return self._text.token_text(token).strip() in TAGS
 
+    @property
+    def whole(self) -> bool:
+        """Whether what was said may end here."""
+        return self._thoughts is None and (self.finished or self._matcher.is_accepting())
+
     def accept(self, token: int) -> None:
         """`token` has been said."""
         if not self._begun and self._thoughts is None and self._opens_block(token) and not self._allows(token):
