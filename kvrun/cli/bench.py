@@ -66,7 +66,7 @@ def bench(
       kvrun bench smollm2-135m
       kvrun bench smollm2-135m --kv f16,f32 --depth 0,4096 --repeat 9
       kvrun bench smollm2-135m --depth 1024 --no-cache
-      kvrun bench ./folder-with-config.json --random --json
+      kvrun bench ./my-model --random --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
     _bench(BenchOptions(opt.ModelOptions(model, None, kv, device, threads, revision, offline, weights=weights), opt.formats(kv), _depths(depth), repeat,

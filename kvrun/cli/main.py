@@ -45,8 +45,13 @@ def kvrun(version: Annotated[bool, typer.Option(
     """
 
 
-for command in (run.run, chat.chat, plan.plan, compare.compare, bench.bench, pull.pull, ls.ls, show.show, verify.verify, rm.rm, doctor.doctor):
-    app.command(command.__name__)(command)
+for command, what in {
+        run.run: "Print one answer of MODEL.", chat.chat: "Talk with MODEL.", plan.plan: "Show what MODEL takes, before it is loaded.",
+        compare.compare: "Show what cache formats cost, on a text of yours.", bench.bench: "Measure MODEL's speed by depth and format.",
+        pull.pull: "Fetch MODEL, or what is missing of it.", ls.ls: "List the models on this machine.", show.show: "Show what MODEL is.",
+        verify.verify: "Check every file of MODEL.", rm.rm: "Delete what kvrun holds of MODEL.",
+        doctor.doctor: "Show what kvrun uses here, and why not better."}.items():
+    app.command(command.__name__, short_help=what)(command)
 app.add_typer(session.session)
 
 _ClickException = typer.BadParameter.__base__.__base__
@@ -124,5 +129,8 @@ def _fail(message: str, code: int) -> int:
 def _fail_usage(error: Exception) -> int:
     """An error that the parser found, with the command's own help as the next step."""
     context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        console().out(error.format_message() + "\n")
+        return UsageError.exit_code
     hint = f" (see '{context.command_path} --help')" if context is not None else ""
     return _fail(error.format_message() + hint, error.exit_code)

@@ -51,7 +51,7 @@ def plan(
     Examples:
       kvrun plan smollm2-135m
       kvrun plan gemma3-270m -n 32768 --kv f32
-      kvrun plan ./folder-with-config.json --headroom 25 --json
+      kvrun plan ./my-model --headroom 25 --json
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
     _plan(PlanOptions(opt.ModelOptions(model, n_ctx, kv, device, threads, revision, offline, weights=weights), headroom, json), console)

@@ -11,7 +11,15 @@ import typer
 from kvrun.cli import options as opt
 from kvrun.errors import StorageError
 
-session = typer.Typer(name="session", help="List, show, remove or export saved conversations.", rich_markup_mode=None, add_completion=False,
+_HELP = """List, show, remove or export saved conversations.
+
+\b
+Examples:
+  kvrun session ls
+  kvrun session export thesis > thesis.md
+  kvrun chat --session thesis
+"""
+session = typer.Typer(name="session", help=_HELP, short_help="List, show, remove or export saved conversations.", rich_markup_mode=None, add_completion=False,
                       no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=opt.complete_session, help="A session; 'kvrun session ls' lists them.")]
@@ -53,7 +61,7 @@ def _described(info) -> dict[str, Any]:
 
 @session.command()
 def show(name: Name, json: Json = False) -> None:
-    """Show one session: its model, its size and its conversation's turns.
+    """Show one session: its model, its size, its turns.
 
     \b
     Examples:

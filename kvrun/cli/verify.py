@@ -37,7 +37,7 @@ def verify(
     \b
     Examples:
       kvrun verify smollm2-135m
-      kvrun verify ./folder --json
+      kvrun verify ./my-model --json
       kvrun verify gemma3-270m -q && echo whole
     """
     console = opt.configure_console(opt.OutputOptions(color=color, quiet=quiet, verbose=verbose))
