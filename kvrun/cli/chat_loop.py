@@ -51,6 +51,7 @@ class Chat:
         self.last: Stop | None = None
         self.leaving = False
         self._unsaved: str | None = None
+        self._full = False
         self._next_interrupt_leaves = False
         self.reader = self._open_reader()
 
@@ -95,7 +96,7 @@ class Chat:
             self.engine.close()
         if not lines and not self.on_terminal:
             raise UsageError("chat needs a terminal, or messages on standard input, one a line; for one answer use 'kvrun run'")
-        return 9 if self._unsaved else 0
+        return 9 if self._unsaved else ContextFullError.exit_code if self._full and not self.on_terminal else 0
 
     def _read_lines(self) -> int:
         """Until the user leaves. Returns how many lines there were."""
@@ -180,6 +181,7 @@ class Chat:
         try:
             yield
         except ContextFullError as error:
+            self._full = True
             self.console.report(f"context full: {error}; {_MENDS}")
         except TemplateError as error:
             self.console.error(str(error))
@@ -198,6 +200,7 @@ class Chat:
         if self.stats:
             self.report_stats()
         if end.reason == "context":
+            self._full = True
             self.console.report(f"context full: the answer was cut at {self.engine.n_ctx} tokens; {_MENDS}")
         elif end.reason == "interrupt":
             from kvrun.terminal import termination

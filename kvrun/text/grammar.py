@@ -125,7 +125,7 @@ def available() -> None:
     try:
         import llguidance  # noqa: F401
     except ImportError:
-        raise UsageError("--schema and --regex need llguidance; install it with: pip install 'kvrun[grammar]'") from None
+        raise UsageError("--schema and --regex need llguidance; install it with: pip install llguidance") from None
 
 
 def from_schema(text: Text, schema: str, where: str) -> Grammar:

@@ -281,6 +281,12 @@ def test_a_conversation_through_a_pipe(kvrun, tmp_path):
     assert b"/nope: no such command" in result.stderr and b"line 5" in result.stderr and b"\x1b" not in result.stderr
 
 
+def test_a_full_context_in_a_pipe_is_an_exit_code(kvrun, endless):
+    result = kvrun("chat", endless, "-n", "64", input=b"go\n/clear\nmore\n")
+    assert result.returncode == 7 and result.stderr.count(b"context full: the answer was cut at 64 tokens") == 2 and result.stdout.count(b"line 100\n") == 2
+    assert kvrun("chat", endless, "-n", "4096", "--max-tokens", "3", input=b"go\n").returncode == 0
+
+
 def test_a_base_model_has_no_chat(kvrun, without_template):
     result = kvrun("chat", without_template, input=b"hi\n")
     assert result.returncode == 2 and b"no chat template" in result.stderr and result.stdout == b""
