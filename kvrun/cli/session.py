@@ -48,7 +48,8 @@ def list_(json: Json = False) -> None:
         return
     for info in infos:
         facts = _described(info)
-        what = "damaged" if info.damaged else f"{facts['turns']:>4} turns  {facts['tokens']:>6} tok  {facts['model']}"
+        turns = f"{facts['turns']:>4} {'turn ' if facts['turns'] == 1 else 'turns'}"
+        what = "damaged" if info.damaged else f"{turns}  {facts['tokens']:>6} tok  {facts['model']}{'' if facts['cache'] else ', text only'}"
         console.line(f"{info.name:<24} {time.strftime('%Y-%m-%d %H:%M', time.localtime(info.used))} {human_bytes(info.n_bytes):>9}  {what}")
 
 

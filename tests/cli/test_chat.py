@@ -155,6 +155,8 @@ def test_the_size_limit_is_kept_aloud(environment, state, scripted):
     run("chat", scripted, "--session", "old")
     said = run("chat", scripted, "--session", "new", "--session-limit", "0").stderr
     assert b"the cache of session old, used longest ago, was removed; its conversation stays" in said
+    listed = run("session", "ls").stdout.decode().splitlines()
+    assert [line.endswith("text only") for line in listed] == [False, True] and all(" 1 turn " in line for line in listed)
     again = run("chat", scripted, "--session", "old")
     assert again.returncode == 0 and b"is no longer on disk: its conversation is read again" in again.stderr
 
