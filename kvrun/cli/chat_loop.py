@@ -232,6 +232,8 @@ class Chat:
                 if isinstance(event, Token):
                     ids.append(event.id)
                     view.push(event.text)
+                    if self.options.markdown:  # a block is shown when it is complete
+                        self.console.progress("answering", len(ids), None, unit="tokens")
                 elif isinstance(event, Prefill):
                     self.console.progress("reading", event.done, event.total, unit="tokens")
                 elif isinstance(event, Notice):

@@ -207,6 +207,15 @@ def test_markdown_is_rendered_and_nothing_in_it_executed(chat, tmp_path):
     assert b"\x1b]8;" not in screen.raw and screen.screen.title == ""
 
 
+def test_until_a_block_of_markdown_is_complete_there_is_a_count(chat, endless):
+    screen = chat(endless, "--markdown", "-n", "100000")
+    screen.send("go\r")
+    screen.wait(lambda display: re.search(r"^answering: \d+ tokens$", display, re.M))
+    screen.send("\x03")
+    screen.wait_for("line 100 line 101")
+    assert "answering" not in screen.wait_prompt()
+
+
 def test_tab_completes_commands_paths_and_settings(chat, scripted, tmp_path):
     (tmp_path / "a-long-name.txt").write_text("text")
     screen = chat(scripted)
