@@ -227,6 +227,9 @@ typedef struct kv_cuda_device {
     int64_t memory_bytes, free_bytes;
 } kv_cuda_device;
 
+/* The architectures whose machine code the library holds, as compute capabilities times ten, and "PTX n" for what comes after:
+ * "80, 86, 89, 90, 120, PTX 120". */
+const char *kv_cuda_targets(void);
 /* Devices that can be used; 0 when there is none, and kv_cuda_error() says why. */
 int32_t kv_cuda_count(void);
 /* The newest CUDA version that the driver speaks (1000*major + 10*minor); 0 without a driver. */
@@ -249,7 +252,8 @@ typedef struct kv_cuda_bounds {
 int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds);
 /* Launches the plan on `stream` (a cudaStream_t as an integer) of the current device and does not wait. `ops` and `bounds`
  * are read here; `state`, what it points to, `scratch` (256-byte aligned) and all pointers inside the ops are device memory.
- * Checks all ops before it launches one. A state beyond the bounds is not noticed. */
+ * Checks all ops before it launches one. A state beyond the bounds is not noticed. Of decode rows, some ops that follow one another
+ * are one kernel, which stores what each of them would. */
 int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream);
 /* Makes the state that of the decode step that follows: row i's token becomes next[i], its position grows by one, status is
  * KV_OK. For states whose every row gives a token; all else, the page tables too, stays as it is. */

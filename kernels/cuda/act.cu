@@ -1,5 +1,5 @@
 // act.cu - the gated activation: out[R][dim] = act(x[R][0:dim]) * x[R][dim:2*dim].
-#include "launch.cuh"
+#include "act.cuh"
 
 namespace kv {
 
@@ -8,15 +8,7 @@ static __global__ void act(kv_op_act op, const kv_state *state) {
     const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
     if (row >= state->n_rows || i >= op.dim) return;
     const float *x = op.x + (int64_t)row * 2 * op.dim;
-    const float gate = x[i];
-    float y;
-    if (op.kind == KV_SILU) {
-        y = gate / (1 + expf(-gate));
-    } else {
-        const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2/pi)
-        y = 0.5f * gate * (1 + tanhf(inner));
-    }
-    op.out[(int64_t)row * op.dim + i] = y * x[op.dim + i];
+    op.out[(int64_t)row * op.dim + i] = activation(op.kind, x[i]) * x[op.dim + i];
 }
 
 cudaError_t launch_act(const kv_op_act &op, const Launch &l) {

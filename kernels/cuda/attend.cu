@@ -1,13 +1,13 @@
 // attend.cu - attention over cache pages with few query rows: online softmax (Milakov and Gimelshein, 2018) in parts that run
-// side by side (Flash-Decoding, Dao et al., 2023), then combined in order.
+// side by side (Flash-Decoding, Dao et al., 2023), which the last block to end combines in order.
 //
 // The positions of a sequence are cut into parts by a fixed rule, and a part is reduced page by page, so a row's result
 // depends on nothing but its own positions: not on the rows beside it nor on pages that left the window. All query heads of a
 // KV head are in one block, so that each cached byte is read once. Prompt rows go the same way with one part for all pages.
 #include "attend.cuh"
+#include "attend_finish.cuh"
 #include "attend_k.cuh"
 #include "attend_v.cuh"
-#include "rotate.cuh"
 
 namespace kv {
 
@@ -26,33 +26,18 @@ struct Layout {
     }
 };
 
+// Sums pages [page, stop) for the tile's queries, rows [begin, end), in shared memory laid out as `at` says; keep, constant: [NQ].
 template <int NQ>
-static __global__ void __launch_bounds__(kAttendThreads) attend(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
-    begin_kernel();
-    KV_DYNAMIC_SHARED(float, shared);
-    __shared__ float top[NQ], length[NQ], keep[NQ], constant[NQ];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kAttendThreads / 32;
-    const int d = op.head_dim, kv_head = blockIdx.y, group = tiles.group;
-    const int rows_end = row0 + tiles.batch_rows < state->n_rows ? row0 + tiles.batch_rows : state->n_rows;
-    const int begin = row0 + (int)blockIdx.z / tiles.pieces * tiles.tile_rows;
-    if (begin >= rows_end) return;
-    const int end = begin + tiles.tile_rows < rows_end ? begin + tiles.tile_rows : rows_end;
-    const kv_table &table = table_of(state, op.cache, state->seq[begin]);
-    const Seen seen(op, state, table, begin, end);
-    int page = seen.first, stop = seen.last;
-    if (tiles.parts > 1) {                       // this block's part alone
-        page = blockIdx.x;
-        if (page < seen.first || page >= seen.last || !seen.begins(table, page)) return;
-        stop = page + 1;
-        while (stop < seen.last && !seen.begins(table, stop)) stop++;
-    }
-    // Query i of the tile: row begin + (first + i) / group, head (first + i) % group of the KV head's.
-    const int first = (int)blockIdx.z % tiles.pieces * NQ;
-    const int queries = (end - begin) * group - first < NQ ? (end - begin) * group - first : NQ;
-    const Layout at(op, NQ);
-    float *q = shared + at.q, *factor = shared + at.factor, *score = shared + at.score, *sums = shared + at.sum, *total = shared + at.total;
+static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const kv_state *state, const kv_table &table, const TileSums &tile, int group,
+                                                 int end, int page, int stop, float *shared, const Layout &at, float *keep, float *constant) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kAttendThreads / 32, d = op.head_dim;
+    const int begin = tile.begin, first = tile.first, queries = tile.queries, kv_head = tile.kv_head;
+    float *q = shared + at.q, *factor = shared + at.factor, *score = tile.work, *sums = shared + at.sum, *total = tile.total;
+    float *top = tile.top, *length = tile.length;
     uint32_t *mask = (uint32_t *)(shared + at.mask);
     const float scale = op.softcap > 0 ? op.scale / op.softcap : op.scale;
+    ask_for(op.cache, table.page[page], kv_head, d);
+    __syncthreads();                             // what the last part left has been read
     for (int n = warp; n < NQ; n += warps) {
         const int i = first + (n < queries ? n : 0), row = begin + i / group, head = kv_head * group + i % group;
         const float *from = op.qkv + ((int64_t)row * (op.heads + 2 * op.kv_heads) + head) * d;
@@ -96,6 +81,7 @@ static __global__ void __launch_bounds__(kAttendThreads) attend(kv_op_attend op,
     };
 
     for (; page < stop; page++) {
+        if (page + 1 < stop) ask_for(op.cache, table.page[page + 1], kv_head, d);
         const int base = table.base[page];
         const char *k = k_of(op.cache, table.page[page], kv_head, d), *v = v_of(op.cache, table.page[page], kv_head, d);
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};
@@ -192,61 +178,40 @@ static __global__ void __launch_bounds__(kAttendThreads) attend(kv_op_attend op,
         __syncthreads();                         // before the next page's scores
     }
     flush(false);
-    const int part = tiles.parts > 1 ? blockIdx.x : 0;
-    for (int n = warp; n < queries; n += warps) {
-        const int row = begin + (first + n) / group - row0, head = kv_head * group + (first + n) % group;
-        const int64_t slot = out.slot(row, op.heads, head, part);
-        for (int c = lane; c < d; c += 32) out.o[slot * d + c] = total[n * d + c];
-        if (lane == 0) out.ml[slot] = make_float2(top[n], length[n]);
-    }
 }
 
-// A block adds the parts of a query up in their order; a thread has a channel.
-static __global__ void combine(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults in) {
+template <int NQ>
+static __global__ void __launch_bounds__(kAttendThreads, 2) attend(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
     begin_kernel();
-    __shared__ float result[KV_MAX_QUANT_DIM];
-    const int row = row0 + blockIdx.x, head = blockIdx.y, d = op.head_dim, c = threadIdx.x;
-    if (row >= state->n_rows) return;
-    int first = 0, last = 1;
-    const kv_table &table = table_of(state, op.cache, state->seq[row]);
-    const int begin = row0 + (row - row0) / tiles.tile_rows * tiles.tile_rows;
-    const Seen seen(op, state, table, begin, row + 1);
-    if (tiles.parts > 1) first = seen.first, last = seen.last;
-    const int64_t slot = in.slot(row - row0, op.heads, head, 0);
-    float top = op.sinks ? op.sinks[head] : kLowest;
-    for (int i = first; i < last; i++)
-        if ((tiles.parts == 1 || seen.begins(table, i)) && in.ml[slot + i].y != 0) top = fmaxf(top, in.ml[slot + i].x);
-    float sum = 0, length = op.sinks ? expf(op.sinks[head] - top) : 0;
-    for (int i = first; i < last; i++) {
-        if (tiles.parts > 1 && !seen.begins(table, i)) continue;
-        const float2 ml = in.ml[slot + i];
-        if (ml.y == 0) continue;                 // the row sees nothing of the part
-        const float weight = expf(ml.x - top);
-        length = fmaf(ml.y, weight, length);
-        if (c < d) sum = fmaf(in.o[(slot + i) * d + c], weight, sum);
-    }
-    float y = length == 0 ? 0.f : sum / length;
-    if (is_quantized(op.cache.v_dtype)) {
-        if (c < d) result[c] = y;
-        __syncthreads();
-        if (threadIdx.x < 32) rotate(result, d, threadIdx.x);
-        __syncthreads();
-        if (c < d) y = result[c];
-    }
-    if (c < d) op.out[((int64_t)row * op.heads + head) * d + c] = y;
+    KV_DYNAMIC_SHARED(float, shared);
+    __shared__ float top[NQ], length[NQ], keep[NQ], constant[NQ];
+    const int group = tiles.group, rows_end = row0 + tiles.batch_rows < state->n_rows ? row0 + tiles.batch_rows : state->n_rows;
+    const int begin = row0 + (int)blockIdx.z / tiles.pieces * tiles.tile_rows;
+    if (begin >= rows_end) return;
+    const int end = begin + tiles.tile_rows < rows_end ? begin + tiles.tile_rows : rows_end;
+    const int first = (int)blockIdx.z % tiles.pieces * NQ;
+    const int queries = (end - begin) * group - first < NQ ? (end - begin) * group - first : NQ;
+    if (queries <= 0) return;
+    const kv_table &table = table_of(state, op.cache, state->seq[begin]);
+    const Layout at(op, NQ);
+    const TileSums tile = {begin, first, queries, (int)blockIdx.y, shared + at.total, top, length, shared + at.score};
+    attend_parts(op, state, tiles, row0, out, table, end, tile,
+                 [&](int page, int stop) { sum_pages<NQ>(op, state, table, tile, group, end, page, stop, shared, at, keep, constant); });
 }
 
 // Whether attend_tiles.cu has a kernel: 16-bit and quantized pages of heads that are whole groups of channels.
 static bool in_tiles(const kv_op_attend &op) { return op.head_dim % 32 == 0 && op.cache.k_dtype != KV_F32 && op.cache.v_dtype != KV_F32; }
 
+// Part results of a row.
+static int64_t row_bytes(const kv_op_attend &op, int parts) { return (int64_t)op.heads * parts * (op.head_dim + 2) * 4; }
+
 static Tiles tiles_of(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
     Tiles t;
     t.group = op.heads / op.kv_heads;
-    t.tile = !in_tiles(op) ? kPlainTile : bounds.prefill ? 32 : 16;
+    t.tile = !in_tiles(op) ? kPlainTile : bounds.prefill && op.head_dim <= kWideTileDim ? 32 : 16;
     t.parts = bounds.prefill || bounds.max_pages < 1 ? 1 : bounds.max_pages;
-    const int64_t row_bytes = (int64_t)op.heads * t.parts * (op.head_dim + 2) * 4;
-    t.batch_rows = (int)(kBatchBytes / row_bytes);
-    if (t.batch_rows > bounds.max_rows) t.batch_rows = bounds.max_rows;
+    t.batch_rows = bounds.max_rows;
+    if (t.parts > 1 && t.batch_rows > kBatchBytes / row_bytes(op, t.parts)) t.batch_rows = (int)(kBatchBytes / row_bytes(op, t.parts));
     if (t.batch_rows > t.tile) t.batch_rows -= t.batch_rows % t.tile;         // so that batches end where tiles do
     if (t.batch_rows < 1) t.batch_rows = 1;
     // Rows share a block only where they are sure to be of one sequence.
@@ -257,9 +222,15 @@ static Tiles tiles_of(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
     return t;
 }
 
+// Of no fewer bytes for larger bounds, so that what was asked for once will do for every smaller step.
 int64_t attend_scratch(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
-    const Tiles t = tiles_of(op, bounds);
-    return (int64_t)t.batch_rows * op.heads * t.parts * (op.head_dim + 2) * 4;
+    const int64_t row = row_bytes(op, tiles_of(op, bounds).parts), all = row * bounds.max_rows;
+    return bounds.prefill ? 0 : row > kBatchBytes ? row : all < kBatchBytes ? all : kBatchBytes;
+}
+
+int64_t attend_counters(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
+    const int group = op.heads / op.kv_heads;
+    return bounds.prefill ? 0 : (int64_t)bounds.max_rows * op.kv_heads * ((group + kPlainTile - 1) / kPlainTile);
 }
 
 cudaError_t launch_attend(const kv_op_attend &op, const Launch &l) {
@@ -268,14 +239,13 @@ cudaError_t launch_attend(const kv_op_attend &op, const Launch &l) {
     results.parts = t.parts;
     results.o = (float *)l.scratch;
     results.ml = (float2 *)(results.o + (int64_t)t.batch_rows * op.heads * t.parts * op.head_dim);
+    results.arrived = l.counters;
     const size_t shared = sizeof(float) * (size_t)Layout(op, kPlainTile).end;
     const kv_state *state = l.state;
     for (int row0 = 0; row0 < l.bounds.max_rows; row0 += t.batch_rows) {
-        const dim3 grid(t.parts, op.kv_heads, (t.batch_rows + t.tile_rows - 1) / t.tile_rows * t.pieces);
-        cudaError_t error = in_tiles(op) ? launch_attend_tiles(op, state, t, row0, results, grid, l.stream)
-                                         : launch_shared(attend<kPlainTile>, grid, kAttendThreads, shared, l.stream, op, state, t, row0, results);
-        if (error == cudaSuccess)
-            error = launch(combine, dim3(t.batch_rows, op.heads), (op.head_dim + 31) / 32 * 32, l.stream, op, state, t, row0, results);
+        const dim3 grid(t.parts > 1 ? part_of((t.parts - 1) * KV_PAGE) + 1 : 1, op.kv_heads, (t.batch_rows + t.tile_rows - 1) / t.tile_rows * t.pieces);
+        const cudaError_t error = in_tiles(op) ? launch_attend_tiles(op, state, t, row0, results, grid, l.stream)
+                                               : launch_shared(attend<kPlainTile>, grid, kAttendThreads, shared, l.stream, op, state, t, row0, results);
         if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

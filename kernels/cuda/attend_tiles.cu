@@ -4,9 +4,9 @@
 // Quantized codes are exact in 16 bits, so only what meets them is rounded: of decode rows q and the probabilities are split
 // into two terms each, of prompt rows rounded to 16 bits once. Scales of K multiply finished sums, or q before; those of V are
 // folded into the probabilities. Operands in halves are brought near 1 by powers of two first.
+#include "attend_finish.cuh"
 #include "attend_k.cuh"
 #include "attend_tiles.cuh"
-#include "rotate.cuh"
 
 namespace kv {
 
@@ -31,37 +31,21 @@ struct TileLayout {
     }
 };
 
-// MT: tiles of 16 queries of a block. NG: groups of 32 channels that a warp sums at most.
+// Sums pages [page, stop) for the tile's queries, rows [begin, end), in shared memory laid out as `at` says. MT: tiles of 16 queries.
+// NG: groups of 32 channels that a warp sums at most. TERMS: of the operands that are made from floats.
 template <int MT, int NG, int TERMS>
-static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2)
-attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
-    begin_kernel();
+static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const kv_state *state, const kv_table &table, const TileSums &tile, int group,
+                                                 int end, int page, int stop, float *shared, const TileLayout &at) {
     constexpr int kTile = 16 * MT;
-    KV_DYNAMIC_SHARED(float, shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int d = op.head_dim, kv_head = blockIdx.y, group = tiles.group;
-    const int rows_end = row0 + tiles.batch_rows < state->n_rows ? row0 + tiles.batch_rows : state->n_rows;
-    const int begin = row0 + (int)blockIdx.z / tiles.pieces * tiles.tile_rows;
-    if (begin >= rows_end) return;
-    const int end = begin + tiles.tile_rows < rows_end ? begin + tiles.tile_rows : rows_end;
-    const kv_table &table = table_of(state, op.cache, state->seq[begin]);
-    const Seen seen(op, state, table, begin, end);
-    int page = seen.first, stop = seen.last;
-    if (tiles.parts > 1) {                       // this block's part alone
-        page = blockIdx.x;
-        if (page < seen.first || page >= seen.last || !seen.begins(table, page)) return;
-        stop = page + 1;
-        while (stop < seen.last && !seen.begins(table, stop)) stop++;
-    }
-    const int first = (int)blockIdx.z % tiles.pieces * kTile;
-    const int queries = (end - begin) * group - first < kTile ? (end - begin) * group - first : kTile;
-    if (queries <= 0) return;
-    const TileLayout at(op, kTile);
-    float *q = shared + at.q, *factor = shared + at.factor, *score = shared + at.score, *total = shared + at.total, *scale_of = shared + at.scale;
-    float *constant = shared + at.constant, *top = shared + at.top, *length = shared + at.length, *keep = shared + at.keep;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, d = op.head_dim;
+    const int begin = tile.begin, first = tile.first, queries = tile.queries, kv_head = tile.kv_head;
+    float *q = shared + at.q, *factor = shared + at.factor, *score = tile.work, *total = tile.total, *scale_of = shared + at.scale;
+    float *constant = shared + at.constant, *top = tile.top, *length = tile.length, *keep = shared + at.keep;
     uint32_t *mask = (uint32_t *)(shared + at.mask);
     const int k_dtype = op.cache.k_dtype, v_dtype = op.cache.v_dtype;
     const float scale = op.softcap > 0 ? op.scale / op.softcap : op.scale;
+    ask_for(op.cache, table.page[page], kv_head, d);
+    __syncthreads();                             // what the last part left has been read
     for (int n = warp; n < kTile; n += kTileWarps) {
         const int row = begin + (first + n) / group, head = kv_head * group + (first + n) % group;
         float *to = q + n * d, most = 0;
@@ -133,6 +117,7 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
     };
 
     for (; page < stop; page++) {
+        if (page + 1 < stop) ask_for(op.cache, table.page[page + 1], kv_head, d);
         const int base = table.base[page];
         const char *k = k_of(op.cache, table.page[page], kv_head, d), *v = v_of(op.cache, table.page[page], kv_head, d);
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};
@@ -286,21 +271,32 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
         __syncthreads();                         // before the next page's scores
     }
     flush();
-    const int part = tiles.parts > 1 ? blockIdx.x : 0;
-    for (int n = warp; n < queries; n += kTileWarps) {
-        const int row = begin + (first + n) / group - row0, head = kv_head * group + (first + n) % group;
-        const int64_t slot = out.slot(row, op.heads, head, part);
-        for (int c = lane; c < d; c += 32) out.o[slot * d + c] = total[n * d + c];
-        if (lane == 0) out.ml[slot] = make_float2(top[n], length[n]);
-    }
+}
+
+template <int MT, int NG, int TERMS>
+static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2)
+attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
+    begin_kernel();
+    KV_DYNAMIC_SHARED(float, shared);
+    constexpr int kTile = 16 * MT;
+    const int group = tiles.group, rows_end = row0 + tiles.batch_rows < state->n_rows ? row0 + tiles.batch_rows : state->n_rows;
+    const int begin = row0 + (int)blockIdx.z / tiles.pieces * tiles.tile_rows;
+    if (begin >= rows_end) return;
+    const int end = begin + tiles.tile_rows < rows_end ? begin + tiles.tile_rows : rows_end;
+    const int first = (int)blockIdx.z % tiles.pieces * kTile;
+    const int queries = (end - begin) * group - first < kTile ? (end - begin) * group - first : kTile;
+    if (queries <= 0) return;
+    const kv_table &table = table_of(state, op.cache, state->seq[begin]);
+    const TileLayout at(op, kTile);
+    const TileSums tile = {begin, first, queries, (int)blockIdx.y, shared + at.total, shared + at.top, shared + at.length, shared + at.score};
+    attend_parts(op, state, tiles, row0, out, table, end, tile,
+                 [&](int page, int stop) { sum_pages<MT, NG, TERMS>(op, state, table, tile, group, end, page, stop, shared, at); });
 }
 
 cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid,
                                 cudaStream_t stream) {
     const size_t shared = sizeof(float) * (size_t)TileLayout(op, t.tile).end;
-    const bool wide = op.head_dim > 128;
-    const auto kernel = t.tile == 32 ? (wide ? attend_tiles<2, 2, 1> : attend_tiles<2, 1, 1>)
-                                     : (wide ? attend_tiles<1, 2, 2> : attend_tiles<1, 1, 2>);
+    const auto kernel = t.tile == 32 ? attend_tiles<2, 1, 1> : op.head_dim <= kWideTileDim ? attend_tiles<1, 1, 2> : attend_tiles<1, 2, 2>;
     return launch_shared(kernel, grid, kAttendThreads, shared, stream, op, state, t, row0, results);
 }
 

@@ -20,7 +20,7 @@ struct TokenBlocks {
 template <class H, int MT, int TERMS>
 static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const float *q, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int s = 0; s < dim / 16; s++) {
         const uint4 low = k.words(8 * s + t, lane), high = k.words(8 * s + 4 + t, lane);
 #pragma unroll
@@ -117,7 +117,7 @@ template <class H, int MT, int TERMS>
 static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const float *weight, Slots slots, int lane,
                                                float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int s = from / 16; s < to / 16; s++) {
         if (16 * s >= slots.high || 16 * s + 16 <= slots.low) continue;
         uint4 low = load16(v + ((int64_t)(8 * s + t) * dim + 4 * g) * 4);
@@ -169,7 +169,7 @@ template <int MT, int TERMS>
 static __device__ __forceinline__ void sums_8(const char *v, int channel, const uint16_t *scales, float unit, int from, int to,
                                               const float *weight, Slots slots, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int s = from / 16; s < to / 16; s++) {
         if (16 * s >= slots.high || 16 * s + 16 <= slots.low) continue;
         const int token = 16 * s + 4 * t;

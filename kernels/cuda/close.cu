@@ -176,7 +176,7 @@ static __device__ void encode_v(char *page, const uint16_t *open, int dim) {
 }
 
 // A block takes a KV head of a sequence.
-static __global__ void __launch_bounds__(KV_MAX_QUANT_DIM) close_page(kv_op_append op, const kv_state *state) {
+static __global__ void __launch_bounds__(KV_MAX_QUANT_DIM, 2) close_page(kv_op_append op, const kv_state *state) {
     begin_kernel();
     const int h = blockIdx.x, seq = blockIdx.y, d = op.head_dim, group = op.heads / op.kv_heads, c = threadIdx.x;
     if (seq >= state->n_seqs || state->status == KV_BAD_PLAN) return;

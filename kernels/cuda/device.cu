@@ -1,4 +1,4 @@
-// device.cpp - what devices there are. The CUDA runtime is linked in and looks for the driver itself, when first asked.
+// device.cu - what devices there are. The CUDA runtime is linked in and looks for the driver itself, when first asked.
 #include "../kvrun.h"
 #include "error.h"
 #include <cstdio>
@@ -8,6 +8,8 @@
 static __global__ void nothing() {}
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT const char *kv_cuda_targets(void) { return KVRUN_TARGETS; }
 
 EXPORT int32_t kv_cuda_count(void) {
     kv::clear_error();

@@ -1,4 +1,5 @@
-// gather.cu - the rows whose logits are wanted: out[O][dim] = x[out_row][dim]; and the state of the step that follows a draw.
+// gather.cu - the rows whose logits are wanted: out[O][dim] = x[out_row][dim]; the counters at the start of a step; and the state of
+// the step that follows a draw.
 #include "launch.cuh"
 
 namespace kv {
@@ -23,6 +24,16 @@ static __global__ void advance(kv_state *state) {
         ((int32_t *)state->pos)[i] += 1;
     }
     if (threadIdx.x == 0) state->status = KV_OK;
+}
+
+static __global__ void clear(unsigned *counters, int n) {
+    begin_kernel();
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) counters[i] = 0;
+}
+
+cudaError_t launch_clear(unsigned *counters, int n, cudaStream_t stream) {
+    return launch(clear, (n + kThreads - 1) / kThreads, kThreads, stream, counters, n);
 }
 
 cudaError_t launch_advance(kv_state *state, cudaStream_t stream) { return launch(advance, 1, 32, stream, state); }

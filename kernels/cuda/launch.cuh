@@ -70,6 +70,13 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
     return launch_shared(kernel, grid, block, 0, stream, args...);
 }
 
+// A device function that stays a call.
+#ifdef KVRUN_SIMT
+#define KV_NOINLINE __attribute__((noinline))
+#else
+#define KV_NOINLINE __noinline__
+#endif
+
 // `name` points to the block's dynamic shared memory.
 #ifdef KVRUN_SIMT
 #define KV_DYNAMIC_SHARED(type, name) type *name = (type *)simt::dynamic_shared()
@@ -102,6 +109,21 @@ static __device__ __forceinline__ float block_sum(float value) {
     for (unsigned warp = 0; warp < blockDim.x / 32; warp++) sum += sums[warp];
     __syncthreads();              // so that a second call may write sums
     return sum;
+}
+
+// Whether this block is the last of `blocks` to come here with a counter of zero, which is zero again afterwards. It then sees all
+// that the others' threads wrote before.
+static __device__ __forceinline__ bool last_to_arrive(unsigned *counter, unsigned blocks) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1u) == blocks - 1;
+        if (last) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
 }
 
 }  // namespace kv

@@ -1,6 +1,7 @@
 // pages.cuh - a sequence's pages by position, and the addresses of its heads in them and in its side memory (page.h).
 #pragma once
 #include "../page.h"
+#include "number.cuh"
 
 namespace kv {
 
@@ -11,9 +12,13 @@ static __device__ __forceinline__ int last_page(const kv_table &table, int pos) 
     return i;
 }
 
-// Index of the first page that holds a slot at or after pos; n_pages when there is none.
+// Index of the first page that holds a slot at or after pos; n_pages when there is none. Pages without holes are found at once.
 static __device__ __forceinline__ int first_page(const kv_table &table, int pos) {
     int low = 0, high = table.n_pages;
+    if (high > 0) {
+        const int guess = (pos - table.base[0]) / KV_PAGE;
+        if (guess >= 0 && guess < high && table.base[guess] <= pos && pos < table.base[guess] + KV_PAGE) return guess;
+    }
     while (low < high) {
         const int middle = (low + high) / 2;
         if (table.base[middle] + KV_PAGE <= pos) low = middle + 1;
@@ -54,5 +59,23 @@ struct Side {
     __device__ __forceinline__ char *v_sinks() const { return v + kv_side_sinks(h, kv_heads, head_dim); }
     __device__ __forceinline__ float *qsq() const { return (float *)(k + kv_side_qsq(h, kv_heads, head_dim)); }
 };
+
+// Asks for K and V of KV head h in page number `page`, by all threads of the block: they come to the L2 cache while other work is
+// done, so that loads into registers need not bridge the whole way. The emulator looks whether all of it may be read.
+static __device__ __forceinline__ void ask_for(const kv_cache &cache, int page, int h, int head_dim) {
+#pragma unroll 1
+    for (int is_v = 0; is_v < 2; is_v++) {
+        const char *from = is_v ? v_of(cache, page, h, head_dim) : k_of(cache, page, h, head_dim);
+        const int bytes = (int)kv_head_bytes(is_v ? cache.v_dtype : cache.k_dtype, head_dim, is_v);
+#pragma unroll 1
+        for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) {
+#ifdef KVRUN_SIMT
+            (void)*(volatile const char *)(from + at);
+#else
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+#endif
+        }
+    }
+}
 
 }  // namespace kv

@@ -1,6 +1,7 @@
 // step.cpp - the plan walker: checks every op, then launches one after the other on the caller's stream.
 #include "../page.h"
 #include "error.h"
+#include "fuse.h"
 #include "ops.h"
 #include <cstdarg>
 #include <cstdio>
@@ -97,6 +98,19 @@ static bool check_bounds(const kv_cuda_bounds *b) {
     return b && b->max_rows > 0 && b->max_out >= 0 && b->max_pages >= 0 && b->max_seqs > 0;
 }
 
+static int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// How many counters a step needs, which lie at the start of its scratch.
+static int64_t counters_of(const kv_op *ops, int n_ops, const kv_cuda_bounds &bounds) {
+    int64_t most = 0;
+    for (int i = 0; i < n_ops; i++) {
+        const int64_t n = ops[i].kind == KV_OP_ATTEND ? attend_counters(ops[i].attend, bounds)
+                          : ops[i].kind == KV_OP_APPEND && !bounds.prefill ? qkv_counters(ops[i].append, bounds) : 0;
+        if (n > most) most = n;
+    }
+    return most;
+}
+
 static cudaError_t launch_op(const kv_op &op, const Launch &launch) {
     switch (op.kind) {
     case KV_OP_EMBED: return launch_embed(op.embed, launch);
@@ -110,6 +124,16 @@ static cudaError_t launch_op(const kv_op &op, const Launch &launch) {
     case KV_OP_SAMPLE: return launch_sample(op.sample, launch);
     }
     return cudaErrorInvalidValue;  // check() lets nothing else through
+}
+
+// Launches the first of n ops, or several as one kernel; `taken`: how many. Prompt rows are never fused, decode rows always, so that
+// the arithmetic of a row does not depend on how many there are.
+static cudaError_t launch_some(const kv_op *op, int n, const Launch &launch, int &taken) {
+    taken = 3;
+    if (!launch.bounds.prefill && is_qkv(op, n)) return launch_qkv(op[0].norm, op[1].linear, op[2].append, launch);
+    if (!launch.bounds.prefill && is_gated(op, n)) return launch_gated(op[0].norm, op[1].linear, op[2].act, launch);
+    taken = 1;
+    return launch_op(*op, launch);
 }
 
 }  // namespace kv
@@ -129,7 +153,7 @@ EXPORT int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bo
         if (ops[i].kind == KV_OP_SAMPLE) bytes = kv::sample_scratch(ops[i].sample, *bounds);
         if (bytes > most) most = bytes;
     }
-    return (most + 255) / 256 * 256;
+    return kv::aligned(4 * kv::counters_of(ops, n_ops, *bounds)) + kv::aligned(most);
 }
 
 EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream) {
@@ -138,9 +162,14 @@ EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bound
         return kv::fail(KV_BAD_PLAN, "a step without state or scratch, or with impossible bounds");
     for (int i = 0; i < n_ops; i++)
         if (int status = kv::check(ops[i], i, true)) return status;
-    const kv::Launch launch{*bounds, state, (char *)scratch, (cudaStream_t)stream};
-    for (int i = 0; i < n_ops; i++) {
-        const cudaError_t error = kv::launch_op(ops[i], launch);
+    const int64_t counters = kv::counters_of(ops, n_ops, *bounds);
+    const kv::Launch launch{*bounds, state, (char *)scratch + kv::aligned(4 * counters), (unsigned *)scratch, (cudaStream_t)stream};
+    if (counters) {
+        const cudaError_t error = kv::launch_clear(launch.counters, (int)counters, launch.stream);
+        if (error != cudaSuccess) return kv::fail(KV_DEVICE, "clearing counters: %s", cudaGetErrorString(error));
+    }
+    for (int i = 0, taken; i < n_ops; i += taken) {
+        const cudaError_t error = kv::launch_some(ops + i, n_ops - i, launch, taken);
         if (error != cudaSuccess)
             return kv::fail(KV_DEVICE, "op %d (%s): %s", i, kv::kNames[ops[i].kind], cudaGetErrorString(error));
     }

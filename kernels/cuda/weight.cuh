@@ -1,18 +1,42 @@
 // weight.cuh - the packed weights of page.h as a warp reads them. A tile is what a warp takes of a block of 16 rows with one
-// 128-bit load per lane; lane l has rows 4*(l%4)..4*(l%4)+3 of it. dot() adds the products of the lane's columns with x.
+// 128-bit load per lane; lane l has rows 4*(l%4)..4*(l%4)+3 of it. dot() adds the products of the lane's columns with a row.
 #pragma once
 #include "../page.h"
 #include "number.cuh"
 
 namespace kv {
 
-// x points at the tile's first column. dot() for columns below `left` alone, where a tile may reach past the last one.
+// A row of activations as it lies, from a column on.
+struct PlainRow {
+    const float *x;
+    __device__ __forceinline__ PlainRow from(int column) const { return {x + column}; }
+    __device__ __forceinline__ float one(int i) const { return x[i]; }
+    __device__ __forceinline__ float2 two(int i) const { return *(const float2 *)(x + i); }
+    __device__ __forceinline__ float4 four(int i) const { return *(const float4 *)(x + i); }
+};
+// A row times the weights of an RMSNorm, which leaves a factor of the whole row to be multiplied with at the end.
+struct NormedRow {
+    const float *x, *w;
+    float offset;
+    __device__ __forceinline__ NormedRow from(int column) const { return {x + column, w + column, offset}; }
+    __device__ __forceinline__ float one(int i) const { return x[i] * (w[i] + offset); }
+    __device__ __forceinline__ float2 two(int i) const {
+        const float2 a = *(const float2 *)(x + i), b = *(const float2 *)(w + i);
+        return make_float2(a.x * (b.x + offset), a.y * (b.y + offset));
+    }
+    __device__ __forceinline__ float4 four(int i) const {
+        const float4 a = *(const float4 *)(x + i), b = *(const float4 *)(w + i);
+        return make_float4(a.x * (b.x + offset), a.y * (b.y + offset), a.z * (b.z + offset), a.w * (b.w + offset));
+    }
+};
+
+// x begins at the tile's first column. dot() for columns below `left` alone, where a tile may reach past the last one.
 struct TileF32 {
     static constexpr int kColumns = 8, kBytes = 512;
     struct Data { uint4 v; };
     static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int) { return {load16(tile + 16 * lane)}; }
-    static __device__ __forceinline__ void dot(const Data &d, const float *x, int lane, int, float *sum) {
-        const float f = x[lane / 4];
+    template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int, float *sum) {
+        const float f = x.one(lane / 4);
         sum[0] = fmaf(__uint_as_float(d.v.x), f, sum[0]);
         sum[1] = fmaf(__uint_as_float(d.v.y), f, sum[1]);
         sum[2] = fmaf(__uint_as_float(d.v.z), f, sum[2]);
@@ -24,8 +48,8 @@ template <class H> struct TileHalf {
     static constexpr int kColumns = 16, kBytes = 512;
     struct Data { uint4 v; };
     static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int) { return {load16(tile + 16 * lane)}; }
-    static __device__ __forceinline__ void dot(const Data &d, const float *x, int lane, int, float *sum) {
-        const float2 f = *(const float2 *)(x + 2 * (lane / 4));
+    template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int, float *sum) {
+        const float2 f = x.two(2 * (lane / 4));
         const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] = fmaf(H::high(w[i]), f.y, fmaf(H::low(w[i]), f.x, sum[i]));
@@ -38,8 +62,8 @@ struct TileQ8 {
     static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int) {
         return {load16(tile + 32 + 16 * lane), load8(tile + 8 * (lane % 4))};
     }
-    static __device__ __forceinline__ void dot(const Data &d, const float *x, int lane, int, float *sum) {
-        const float4 f = *(const float4 *)(x + 4 * (lane / 4));
+    template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int, float *sum) {
+        const float4 f = x.four(4 * (lane / 4));
         const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
         const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};
 #pragma unroll
@@ -62,10 +86,10 @@ struct TileQ4 {
         const uint8_t *block = tile + KV_Q4_BLOCK * (lane / 16);
         return {load16(block + 64 + 16 * (lane % 16)), load8(block + 8 * (lane % 4)), load8(block + 32 + 8 * (lane % 4))};
     }
-    static __device__ __forceinline__ void dot(const Data &d, const float *x, int lane, int left, float *sum) {
+    template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int left, float *sum) {
         if (lane >= 16 && left <= 32) return;
-        const float *from = x + 32 * (lane / 16) + 8 * (lane % 16 / 4);
-        const float4 f = *(const float4 *)from, g = *(const float4 *)(from + 4);
+        const int from = 32 * (lane / 16) + 8 * (lane % 16 / 4);
+        const float4 f = x.four(from), g = x.four(from + 4);
         const float all = ((f.x + f.y) + (f.z + f.w)) + ((g.x + g.y) + (g.z + g.w));
         const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
         const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};

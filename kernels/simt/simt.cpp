@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -19,10 +20,11 @@ namespace simt {
 
 Place place;
 uint64_t begun = 0;
+static uint64_t launches = 0;
 
 constexpr size_t kStack = 64 * 1024;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 * 1024;
+constexpr size_t kMaxShared = 96 * 1024;         // dynamic, beside 3 KiB of static memory, where a block has least: compute 8.6, 8.9, 12.0
 
 enum class Wait { no, block, warp, finished };
 
@@ -181,7 +183,10 @@ void mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b, float (*wide)(
     warp_barrier(0xffffffffu);
 }
 
-void copy_async(void *to, const void *from, unsigned bytes) { block.fibers[block.current].open.push_back({to, from, bytes}); }
+void copy_async(void *to, const void *from, unsigned bytes) {
+    memset(to, 0xff, bytes);      // what is read before the wait is no number
+    block.fibers[block.current].open.push_back({to, from, bytes});
+}
 void commit_copies() {
     Fiber &self = block.fibers[block.current];
     self.groups.push_back(std::move(self.open));
@@ -261,12 +266,21 @@ static bool run_block() {
     }
 }
 
+// A number without a common factor with n, drawn anew: steps of it visit all of n.
+static uint64_t stride_through(uint64_t n) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    uint64_t step = (random_state >> 33) % n;
+    while (std::gcd(step, n) != 1) step++;
+    return step;
+}
+
 cudaError_t launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()> &thread) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     const unsigned n = size.x * size.y * size.z;
     if (!n || n > kMaxThreads || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMaxShared)
         return cudaErrorInvalidConfiguration;
+    launches++;
     if (block.fibers.size() < n) block.fibers.resize(n);
     block.n = n;
     block.thread = &thread;
@@ -277,29 +291,33 @@ cudaError_t launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
     if (shared_bytes && posix_memalign(&shared, 128, shared_bytes)) return cudaErrorInvalidConfiguration;
     block.shared = (char *)shared;
     cudaError_t error = cudaSuccess;
-    for (unsigned z = 0; z < grid.z && !error; z++)
-        for (unsigned y = 0; y < grid.y && !error; y++)
-            for (unsigned x = 0; x < grid.x && !error; x++) {
-                place.block = {x, y, z};
-                if (shared) memset(shared, 0xff, shared_bytes);
-                for (unsigned i = 0; i < n; i++) {
-                    make_ready(block.fibers[i]);
-                    block.fibers[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-                }
-                if (!run_block()) error = cudaErrorLaunchTimeout;
-            }
+    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, step = order > 1 ? stride_through(blocks) : 1;
+    uint64_t at = order > 1 ? (random_state >> 20) % blocks : 0;
+    for (uint64_t k = 0; k < blocks && !error; k++, at = (at + step) % blocks) {
+        const uint64_t b = order == 1 ? blocks - 1 - at : at;
+        place.block = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
+        if (shared) memset(shared, 0xff, shared_bytes);
+        for (unsigned i = 0; i < n; i++) {
+            make_ready(block.fibers[i]);
+            block.fibers[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+        }
+        if (!run_block()) error = cudaErrorLaunchTimeout;
+    }
     free(shared);
     return error;
 }
 
 }  // namespace simt
 
-// In which order the threads of a warp, and the warps, take their turns between barriers: 0 ascending, 1 descending,
+// In which order blocks, and between barriers the warps and the threads of a warp, take their turns: 0 ascending, 1 descending,
 // any other number: shuffled anew each time from that seed.
 extern "C" __attribute__((visibility("default"))) void kv_simt_order(uint32_t order) {
     simt::order = order;
     simt::random_state = order;
 }
+
+// Kernels launched in this process.
+extern "C" __attribute__((visibility("default"))) uint64_t kv_simt_launches() { return simt::launches; }
 
 const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {

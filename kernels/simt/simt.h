@@ -14,6 +14,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static                        /* blocks take turns; what the last block left is there, as on a GPU */
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 struct dim3 {
@@ -110,6 +111,7 @@ template <class T> T __ldg(const T *p) { return *p; }
 inline float __uint_as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 inline uint32_t __float_as_uint(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return (uint64_t)((unsigned __int128)a * b >> 64); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {

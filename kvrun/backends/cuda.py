@@ -37,12 +37,14 @@ class CudaStatus:
     driver: str | None
     devices: tuple[CudaDevice, ...]
     reason: str
+    targets: str = ""
+    """What it was built for, as kv_cuda_targets says; "" where it does not load."""
 
 
 def probe(library: Path = LIBRARY) -> CudaStatus:
     """Loads the library and asks it for the driver and the devices. Never raises: `reason` says what is missing."""
-    def without(reason: str, loads: bool = False, driver: str | None = None) -> CudaStatus:
-        return CudaStatus(library.exists(), library, loads, driver, (), reason)
+    def without(reason: str, loads: bool = False, targets: str = "") -> CudaStatus:
+        return CudaStatus(library.exists(), library, loads, None, (), reason, targets)
 
     if not library.exists():
         return without("the CUDA kernels were not built: no nvcc was found when kvrun was installed")
@@ -52,9 +54,10 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
         return without(str(error))
     from kvrun.backends._abi import ffi
 
+    targets = ffi.string(lib.kv_cuda_targets()).decode()
     version = lib.kv_cuda_driver()
     if not version:
-        return without("no CUDA driver on this machine", loads=True)
+        return without("no CUDA driver on this machine", True, targets)
     driver = f"{version // 1000}.{version % 1000 // 10}"
     devices = []
     count = lib.kv_cuda_count()
@@ -66,7 +69,7 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
             continue
         devices.append(CudaDevice(ffi.string(info.name).decode(errors="replace"), f"{info.arch // 10}.{info.arch % 10}",
                                   info.sms, bool(info.built), info.memory_bytes, info.free_bytes))
-    return CudaStatus(True, library, True, driver, tuple(devices), "" if devices else reason)
+    return CudaStatus(True, library, True, driver, tuple(devices), "" if devices else reason, targets)
 
 
 def open_library(path: Path = LIBRARY) -> Any:

@@ -144,7 +144,8 @@ def _cuda() -> Section:
     from kvrun.terminal import human_bytes
 
     status = probe()
-    found: Section = {"kernels built": status.built, "library": str(status.path), "library loads": status.loads,
+    built = f"for compute {status.targets}" if status.targets else status.built
+    found: Section = {"kernels built": built, "library": str(status.path), "library loads": status.loads,
                       "driver": status.driver or "none"}
     for index, device in enumerate(status.devices):
         found[f"device {index}"] = (f"{device.name}, compute {device.arch}, {device.sms} SMs, "

@@ -8,14 +8,18 @@ from typing import Self
 
 import numpy as np
 
-from kvrun.backends.cuda_device import Device, Memory
+from kvrun.backends.cuda_device import Device, Memory, copy
 from kvrun.backends.memory import Arena
+from kvrun.backends.native import DTYPES, lib
 from kvrun.backends.plan import Plan
 from kvrun.models.spec import TensorRef
 from kvrun.weights import load
 from kvrun.weights.load import PackedWeight, Progress
 from kvrun.weights.loaded import LoadedWeights
 from kvrun.weights.source import TensorSource
+
+_REPEATED_BYTES = 1 << 20
+"""Of a random matrix, how much is drawn."""
 
 
 class DeviceWeights:
@@ -55,13 +59,21 @@ class DeviceWeights:
 
     @classmethod
     def random(cls, packed: list[PackedWeight], plan: Plan, device: Device, seed: int = 0, progress: Progress | None = None) -> Self:
-        """As LoadedWeights.random."""
+        """As LoadedWeights.random. A few rows of a matrix are made on the host; the device repeats them."""
         memory = device.allocate(load.weight_bytes(packed), "the weights")
         done, total = 0, sum(p.n_bytes for p in packed)
         vectors: dict[str, np.ndarray] = {}
         for item in packed:
-            one = LoadedWeights.random([replace(item, offset=0)], plan, seed)
-            device.fill(memory, item.offset, one.packed_bytes[: item.n_bytes])
+            block = lib.kv_pack_bytes(DTYPES[item.dtype], lib.KV_LANES, item.weight.k)
+            rows = min(item.n_bytes, -(-_REPEATED_BYTES // block) * block) // block * lib.KV_LANES
+            few = replace(item.weight, n=min(rows, item.weight.n))
+            have = lib.kv_pack_bytes(DTYPES[item.dtype], few.n, few.k)
+            one = LoadedWeights.random([PackedWeight(few, item.dtype, 0, have)], plan, seed)
+            device.fill(memory, item.offset, one.packed_bytes[:have])
+            while have < item.n_bytes:
+                n = min(have, item.n_bytes - have)
+                copy(device, memory.address + item.offset + have, memory.address + item.offset, n)
+                have += n
             vectors = one.vectors
             one.close()
             done += item.n_bytes

@@ -13,7 +13,7 @@ import pytest
 
 from .device_memory import Device
 from .emulator import build
-from .machine import CudaMachine
+from .machine import CudaMachine, Mirror
 
 
 @pytest.fixture(scope="session")
@@ -58,21 +58,27 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 @pytest.fixture(params=_kinds())
 def machine(request: pytest.FixtureRequest, rng: np.random.Generator) -> CudaMachine:
-    """Where the kernels run, over memory of the host. The emulator's threads take turns in an order drawn anew."""
+    """Where the kernels run. The emulator's threads and blocks take turns in an order drawn anew."""
     from kvrun.backends._abi import ffi
 
+    memory = Device(request.getfixturevalue("simt_library"), gpu=False) if request.param == "simt" else Device(_gpu_library(), gpu=True)
     if request.param == "simt":
-        path = request.getfixturevalue("simt_library")
-        set_order(path, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
-        return CudaMachine(ffi.dlopen(str(path)), rng)
-    lib = ffi.dlopen(str(_gpu_library()))
-    info = ffi.new("kv_cuda_device *")
-    lib.kv_cuda_describe(0, info)
-    if not info.reads_host:
-        pytest.skip("this GPU's kernels cannot follow pointers of the host")
-    import torch
+        set_order(memory.path, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
+    return CudaMachine(ffi.dlopen(str(memory.path)), rng, lambda: Mirror(memory.fresh().put, memory.bytes))
 
-    return CudaMachine(lib, rng, wait=torch.cuda.synchronize)
+
+@pytest.fixture(params=_kinds())
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> str:
+    """A --device whose executor is the CUDA one: simt, with the library built here, or cuda."""
+    if request.param == "gpu":
+        _gpu_library()
+        return "cuda"
+    from kvrun.backends import simt
+
+    library = request.getfixturevalue("simt_library")
+    monkeypatch.setattr(simt, "LIBRARY", library)
+    set_order(library, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
+    return "simt"
 
 
 def set_order(library: Path, order: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,25 @@ import numpy as np
 from kvrun.backends._abi import ffi
 
 
+_libc = ctypes.CDLL(None)
+_libc.free.argtypes = [ctypes.c_void_p]
+
+
+def _allocated(n: int) -> np.ndarray:
+    """uint8 [n], aligned as a GPU's memory is, in a piece of exactly that size, so that a sanitizer sees the first byte past it."""
+    at = ctypes.c_void_p()
+    if _libc.posix_memalign(ctypes.byref(at), 256, max(n, 1)):
+        raise MemoryError
+    array = np.frombuffer((ctypes.c_uint8 * n).from_address(at.value), np.uint8) if n else np.frombuffer((ctypes.c_uint8 * 1).from_address(at.value), np.uint8)[:0]
+    weakref.finalize(array.base, _libc.free, at.value)
+    return array
+
+
 class Device:
     """`lib` with kv_cuda_step, and memory that `lib`'s kernels see. Holds what it gave out until it is dropped."""
 
     def __init__(self, path: Path, gpu: bool) -> None:
+        self.path = path
         self.lib = ffi.dlopen(str(path))
         self._gpu = gpu
         self._held = []
@@ -25,7 +42,8 @@ class Device:
 
             self._held.append(torch.from_numpy(host.copy()).cuda())
             return self._held[-1].data_ptr()
-        self._held.append(host.copy())
+        self._held.append(_allocated(host.size))
+        self._held[-1][:] = host
         return self._held[-1].ctypes.data
 
     def get(self, address: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -36,6 +54,15 @@ class Device:
             if not self._gpu and held.ctypes.data == address:
                 return held.view(dtype).reshape(shape).copy()
         raise KeyError(address)
+
+    def bytes(self, address: int, n: int) -> np.ndarray:
+        """uint8 [n] of what lies there, as get()."""
+        return self.get(address, np.uint8, (n,))
+
+    def fresh(self) -> Device:
+        """This device, holding nothing."""
+        self._held = []
+        return self
 
     def state(self, *, tokens: list[int] = (), positions: list[int] = (), out_rows: list[int] = ()) -> int:
         """Address of a kv_state of len(tokens or positions) rows."""

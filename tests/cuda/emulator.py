@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,17 +18,19 @@ def sources() -> list[Path]:
     return [*kernels, KERNELS / "cuda/step.cpp", KERNELS / "simt/simt.cpp"]
 
 
-def build(cxx: str, folder: Path, extra: list[str] = [], changed: dict[str, str] = {}) -> Path:  # noqa: B006 - only read
-    """libkvrun_simt.so in `folder`, two sources at a time; what is there already is not compiled again. changed: file name of
-    a source -> its text, compiled in its place. CalledProcessError where a source does not compile."""
+def build(cxx: str, folder: Path, extra: list[str] = [], changed: tuple[str, str, str] | None = None) -> Path:  # noqa: B006 - only read
+    """libkvrun_simt.so in `folder`, two sources at a time; what is there already is not compiled again. changed: (a source, a file of
+    kernels/cuda, its text): that source is compiled as if the file had that text. CalledProcessError where one does not compile."""
     def compile_one(source: Path) -> str:
         target = folder / (source.name + ".o")
-        if source.name in changed:
-            source, target = source.with_name(f"{target.stem}.changed.cu"), folder / f"{target.stem}.changed.o"
-            text = ["-I", str(source.parent), "-"]
-            subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", *text, "-o", str(target)], check=True, text=True, input=changed[target.name[:-10]])
-        elif not target.exists():
-            subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        if changed and source.name == changed[0]:
+            tree = folder / "changed"
+            shutil.copytree(KERNELS, tree, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cpu"))
+            (tree / "cuda" / changed[1]).write_text(changed[2], encoding="utf-8")
+            source, target = tree / "cuda" / source.name, folder / "changed.o"
+        elif target.exists():
+            return str(target)
+        subprocess.run([cxx, *FLAGS, *extra, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(2) as pool:

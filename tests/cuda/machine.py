@@ -1,26 +1,74 @@
-"""The CUDA kernels behind the interface of tests/kernels/plans.py, so that the CPU kernels' tests run on them too: on the
-emulator, and on a GPU whose kernels may follow the host's pointers."""
+"""The CUDA kernels behind the interface of tests/kernels/plans.py, so that the CPU kernels' tests run on them too: what the tests
+have in numpy arrays goes to the device's memory for each step, and back."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from kvrun.backends._abi import ffi
 
-from ..kernels.plans import pointer
+from ..kernels.plans import GIVEN, pointer
+
+
+class Mirror:
+    """Device copies of host arrays, each made when first asked for."""
+
+    def __init__(self, put: Callable[[np.ndarray], int], get: Callable[[int, int], np.ndarray]) -> None:
+        """put: uint8 [n] -> address of a copy, a multiple of 256. get: (address, n) -> uint8 [n]."""
+        self._put, self._get = put, get
+        self._held: dict[int, tuple[int, np.ndarray]] = {}
+
+    def address(self, host: np.ndarray) -> int:
+        """Of the copy of `host`, a contiguous array."""
+        at = host.ctypes.data
+        if at not in self._held or self._held[at][1].size < host.nbytes:
+            flat = host.reshape(-1).view(np.uint8)
+            self._held[at] = self._put(flat), flat
+        return self._held[at][0]
+
+    def translate(self, struct: object) -> None:
+        """Makes the pointers of a C struct, which plans.pointer() gave, those of the copies."""
+        kind = ffi.typeof(struct)
+        if "kv_weight" in kind.cname:
+            from kvrun.backends.native import lib
+
+            n_bytes = lib.kv_pack_bytes(struct.dtype, struct.n, struct.k)
+            struct.data = ffi.cast("void *", self.address(np.frombuffer(ffi.buffer(struct.data, n_bytes), np.uint8)))
+            return
+        for name, field in kind.fields:
+            value = getattr(struct, name)
+            if field.type.kind in ("struct", "union"):
+                self.translate(value)
+            elif field.type.kind == "pointer" and value:
+                setattr(struct, name, ffi.cast(field.type, self.address(GIVEN[int(ffi.cast("uintptr_t", value))])))
+
+    def structs(self, array: object) -> int:
+        """Address of a copy of an array of C structs, translated."""
+        for struct in array:
+            self.translate(struct)
+        return self.address(np.frombuffer(ffi.buffer(array), np.uint8))
+
+    def back(self) -> None:
+        """Brings back what the device may have changed."""
+        for address, flat in self._held.values():
+            if flat.flags.writeable:
+                flat[:] = self._get(address, flat.size)
 
 
 class CudaMachine:
-    """A library with kv_cuda_step over host memory. Scratch is what kv_cuda_scratch says, poisoned, with a guard behind it.
+    """A library with kv_cuda_step and memory that its kernels see. Scratch is what kv_cuda_scratch says, poisoned, with a guard
+    behind it.
 
-    prefill plans and decode plans are launched for more rows, outputs, pages and sequences than the step has, now and then.
+    Plans are launched for more rows, outputs, pages and sequences than the step has, now and then.
     """
 
     isa = "cuda"
 
-    def __init__(self, lib: object, rng: np.random.Generator, wait: object = None) -> None:
-        """wait: called after each step (a GPU's synchronize)."""
-        self.lib, self._rng, self._wait = lib, rng, wait
+    def __init__(self, lib: object, rng: np.random.Generator, mirror: Callable[[], Mirror]) -> None:
+        """mirror: a new one for each step."""
+        self.lib, self._rng, self._mirror = lib, rng, mirror
         self.appended = 0
 
     def run(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), prefill=False, out_row=(), sampler=None, token=None,
@@ -39,25 +87,41 @@ class CudaMachine:
         arrays = []
         for c_table, (pages, bases, *side) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
             arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
-            c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
+            if len(pages):
+                c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
             c_table.side = side[0] if side else 0
         if max_pages is None:
             max_pages = max((len(table[0]) for group in tables for table in group), default=0)
         more = self._rng.integers(0, 2, 4).tolist()
         bounds = ffi.new("kv_cuda_bounds *", {"max_rows": rows + more[0], "max_out": out + more[1], "max_pages": max_pages + more[2],
                                               "max_seqs": n_seqs + more[3] * (n_seqs > 1), "prefill": prefill})
-        state = ffi.new("kv_state *", {"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
-                                       "status": 0, "table": c_tables, "sampler": ffi.NULL if sampler is None else sampler,
-                                       "appended": self.appended, **{n: pointer(a, "int32_t *") for n, a in keep.items()}})
         size = self.lib.kv_cuda_scratch(plan, len(plan), bounds)
         assert size > 0 and size % 256 == 0, ffi.string(self.lib.kv_cuda_error())
-        room = np.full(size + 512, 0xFF, dtype=np.uint8)
-        start = -room.ctypes.data % 256
-        got = self.lib.kv_cuda_step(plan, len(plan), bounds, state, pointer(room[start:], "void *"), 0)
+        room = np.full(size + 256, 0xFF, dtype=np.uint8)
+        mirror = self._mirror()
+        for op in plan:
+            mirror.translate(getattr(op, next(k for k, _ in ops if op.kind == getattr(self.lib, f"KV_OP_{k.upper()}"))))
+        there = {n: ffi.cast("int32_t *", mirror.address(a)) for n, a in keep.items()}
+        state = ffi.new("kv_state[1]", [{"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
+                                         "table": ffi.cast("kv_table *", mirror.structs(c_tables)), "appended": self.appended,
+                                         "sampler": ffi.cast("kv_sampler *", self._samplers(mirror, sampler, out)), **there}])
+        at = mirror.address(np.frombuffer(ffi.buffer(state), np.uint8))
+        got = self.lib.kv_cuda_step(plan, len(plan), bounds, ffi.cast("kv_state *", at), ffi.cast("void *", mirror.address(room)), 0)
         assert got == 0, ffi.string(self.lib.kv_cuda_error())
-        if self._wait:
-            self._wait()
-        assert (room[start + size :] == 0xFF).all(), "wrote past its scratch"
-        assert state.status == status
-        self.appended = state.appended
+        mirror.back()
+        assert (room[size:] == 0xFF).all(), "wrote past its scratch"
+        assert state[0].status == status
+        self.appended = state[0].appended
         return [int(i) for i in keep["next"][:out]]
+
+    @staticmethod
+    def _samplers(mirror: Mirror, given: object, n: int) -> int:
+        """Address of copies of n samplers and of the ids that they penalize; 0 without any."""
+        if given is None:
+            return 0
+        samplers = ffi.new("kv_sampler[]", max(n, 1))
+        for copy, sampler in zip(samplers, given, strict=False):
+            ffi.memmove(ffi.addressof(copy), ffi.addressof(sampler), ffi.sizeof("kv_sampler"))
+            ids = np.array(list(sampler.recent[0 : sampler.n_recent]) if sampler.n_recent else [0], np.int32)
+            copy.recent = ffi.cast("int32_t *", mirror.address(ids))
+        return mirror.address(np.frombuffer(ffi.buffer(samplers), np.uint8))

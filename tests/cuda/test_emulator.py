@@ -52,6 +52,34 @@ static void stuck() {
     if (threadIdx.x == 0) __syncwarp(); else __syncthreads();
 }
 
+// Copies in three groups, of which each thread reads what it has waited for, and poison elsewhere.
+static void copied(const float *in, int *wrong) {
+    float *to = (float *)simt::dynamic_shared() + 3 * threadIdx.x;
+    for (int i = 0; i < 3; i++) {
+        simt::copy_async(to + i, in + 3 * threadIdx.x + i, 4);
+        simt::commit_copies();
+    }
+    for (int pending = 3; pending >= 0; pending--) {
+        simt::wait_copies(pending);
+        for (int i = 0; i < 3; i++) {
+            const bool there = i < 3 - pending;
+            *wrong += there ? to[i] != in[3 * threadIdx.x + i] : !(to[i] != to[i]);
+        }
+        __syncthreads();
+    }
+}
+
+// The last block of each counter, in whatever order blocks come, sees what all have written, and leaves a zero.
+static void arrive(unsigned *counter, const int *seen, int *out) {
+    ((int *)seen)[blockIdx.x] += 1;
+    __shared__ bool last;
+    if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (!last || threadIdx.x > 0) return;
+    for (unsigned i = 0; i < gridDim.x; i++) *out += seen[i] == 1;
+    *counter = 0;
+}
+
 int main() {
     std::vector<int> out(2 * 96);
     if (simt::launch(2, 96, [&] { rotate(out.data(), 5); })) return 1;
@@ -77,6 +105,17 @@ int main() {
             if (out[i] != want) return 9;
         }
     }
+    float in[96];
+    for (int i = 0; i < 96; i++) in[i] = i;
+    int wrong = 0;
+    if (simt::launch(1, 32, 3 * 32 * 4, [&] { copied(in, &wrong); }) || wrong) return 10;
+    for (unsigned order = 0; order < 7; order++) {
+        kv_simt_order(order);
+        unsigned counter = 0;
+        int seen[30] = {}, out = 0;
+        if (simt::launch(30, 1, [&] { arrive(&counter, seen, &out); }) || out != 30 || counter) return 11;
+    }
+    if (simt::launch(1, 1, 97 * 1024, stuck) != cudaErrorInvalidConfiguration) return 12;
     return 0;
 }
 """

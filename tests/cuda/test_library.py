@@ -33,6 +33,15 @@ def test_loads_without_a_driver(built):
     assert run.returncode == 0, run.stderr
 
 
+def test_says_what_it_was_built_for(built, capfd):
+    """Also to `kvrun doctor`."""
+    from kvrun.cli.main import main
+
+    assert built.targets and all(part.removeprefix("PTX ").isdigit() for part in built.targets.split(", "))
+    assert main(["doctor"]) == 0
+    assert f"for compute {built.targets}" in capfd.readouterr().out
+
+
 def test_says_why_there_is_no_device(built):
     assert bool(built.devices) != bool(built.reason)
     if not built.devices:

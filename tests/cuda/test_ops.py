@@ -144,7 +144,7 @@ def test_a_plan_is_checked_before_anything_runs(device):
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_unpack(device, rng, dtype):
-    n, k = int(rng.integers(17, 70)), 32 * int(rng.integers(1, 5))
+    n, k = int(rng.integers(18, 70)), 32 * int(rng.integers(1, 5))
     weights = rng.standard_normal((n, k), np.float32)
     packed, _ = pack(weights, "f32")
     w = {"data": ffi.cast("void *", device.put(packed)), "dtype": device.lib.KV_F32, "n": n, "k": k}

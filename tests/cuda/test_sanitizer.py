@@ -30,7 +30,7 @@ def run(library: Path, runtime: Path, which: str) -> subprocess.CompletedProcess
     """The kernels' tests named by -k `which`, in a process of its own over a sanitized library."""
     options = "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:exitcode=99"
     env = os.environ | {"KVRUN_SIMT_LIBRARY": str(library), "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-x", str(HERE / "test_kernels.py"), str(HERE / "test_ops.py"),
+    return subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-x", *(str(HERE / f"test_{name}.py") for name in ("kernels", "ops", "fused")),
                            "-k", f"simt and ({which})"], capture_output=True, text=True, env=env, cwd=HERE.parents[1])
 
 
@@ -39,35 +39,33 @@ def test_no_report(sanitized):
     _, folder, runtime = sanitized
     which = ("(test_linear and 75-96) or test_embed or test_norm or test_act or test_rope or test_gather or test_unpack or (test_append and 64-64)"
              " or (test_attend and 129-100) or (head_sizes and (80 or 192)) or (to_the_bit and (48 or 64)) or (quantized_lengths and 129)"
-             " or (test_draws and (0.9 or 50)) or (penalty and 0.9) or two_sequences or advance")
+             " or (test_draws and (0.9 or 50)) or (penalty and 0.9) or two_sequences or advance"
+             " or (test_qkv and 64) or test_gated or layer_in_one_step")
     done = run(folder / "libkvrun_simt.so", runtime, which)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr
 
 
-# What is planted: (file, what is there, what takes its place, which tests, what must be said)
+# What is planted: (source, the file of it that is changed, what is there, what takes its place, which tests, what must be said)
 PLANTED = {
-    "past the dynamic shared memory": ("attend.cu", "end = total + tile * d;", "end = total + tile * d - 4;",
+    "past the dynamic shared memory": ("attend.cu", "attend.cu", "end = total + tile * d;", "end = total + tile * d - 4;",
                                        "test_attend and 129-100", "heap-buffer-overflow"),
-    "past a static shared array": ("append.cu", "constexpr int kMaxDim = 256;", "constexpr int kMaxDim = 48;", "to_the_bit and 64", "global-buffer-overflow"),
-    "past a row of activations": ("act.cu", "|| i >= op.dim) return;", "|| i > op.dim) return;", "test_act", "heap-buffer-overflow"),
-    "a missing barrier": ("linear.cu", "    __syncthreads();\n", "", "test_linear", "AssertionError"),
-    "a missing barrier of a warp": ("rotate.cuh", "        __syncwarp();\n        for", "        for", "to_the_bit and 64", "AssertionError"),
+    "past a static shared array": ("append.cu", "append.cuh", "constexpr int kMaxHeadDim = 256;", "constexpr int kMaxHeadDim = 48;", "to_the_bit and 64",
+                                   "global-buffer-overflow"),
+    "past a row of activations": ("act.cu", "act.cu", "|| i >= op.dim) return;", "|| i > op.dim) return;", "test_act", "heap-buffer-overflow"),
+    "a missing barrier": ("linear.cu", "linear.cu", "    __syncthreads();\n", "", "test_linear", "AssertionError"),
+    "a missing barrier of a warp": ("append.cu", "rotate.cuh", "        __syncwarp();\n        for", "        for", "to_the_bit and 64", "AssertionError"),
+    "a counter left standing": ("linear_qkv.cu", "launch.cuh", "        if (last) *counter = 0;\n", "", "layer_in_one_step", "AssertionError"),
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_mistake_is_found(sanitized, name):
     cxx, folder, runtime = sanitized
-    file, there, instead, which, said = PLANTED[name]
+    source, file, there, instead, which, said = PLANTED[name]
     text = (KERNELS / "cuda" / file).read_text(encoding="utf-8")
     assert text.count(there) == 1
-    text = text.replace(there, instead)
-    if file.endswith(".cuh"):                      # into the kernel that uses it
-        body = text.replace("#pragma once", "")
-        file = "append.cu"
-        text = (KERNELS / "cuda" / file).read_text(encoding="utf-8").replace('#include "rotate.cuh"', body)
-    library = build(cxx, folder, FLAGS, {file: text})
+    library = build(cxx, folder, FLAGS, (source, file, text.replace(there, instead)))
     for _ in range(4):                             # a missing barrier shows in some orders, which are drawn anew
         done = run(library, runtime, which)
         if done.returncode:

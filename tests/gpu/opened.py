@@ -1,17 +1,24 @@
-"""A model of random weights on the GPU, and caches over it that are as deep as asked for without being computed."""
+"""A model of random weights on a device, and caches over it that are as deep as asked for without being computed."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Self
 
+from kvrun.backends import simt
 from kvrun.backends.batch import Batch, Sampler
 from kvrun.backends.cuda import open_device
+from kvrun.backends.cuda_device import Device, copy
 from kvrun.backends.cuda_executor import CudaExecutor
 from kvrun.blueprint import Blueprint, Shape
+from kvrun.cache.formats import PAGE
 from kvrun.cache.pool import Pool
 from kvrun.hub import resolve
 from kvrun.weights.on_device import DeviceWeights
+
+if "KVRUN_SIMT_LIBRARY" in os.environ:
+    simt.LIBRARY = Path(os.environ["KVRUN_SIMT_LIBRARY"])
 
 
 class Opened:
@@ -21,13 +28,13 @@ class Opened:
         self.blueprint = Blueprint(resolve(str(folder), weights=False), Shape(device, None, 1, chunk, weights))
         self.plan = self.blueprint.plan(n_ctx)
         self.n_ctx = n_ctx
-        self.device = open_device(device)
+        self.device = simt.SimtDevice(products=True) if device == "simt" else open_device(device)
         self.weights = DeviceWeights.random(self.blueprint.packed, self.plan, self.device)
 
     def track(self, kv: str) -> Track:
         """A cache of n_ctx tokens."""
         pool = Pool(self.plan.groups, n_ctx=self.n_ctx, chunk=self.plan.max_rows, kv=self.blueprint.formats(kv), allocate=self.device.allocate)
-        return Track(CudaExecutor(self.plan, self.weights.matrices, self.weights.vectors, pool, self.device), pool)
+        return Track(CudaExecutor(self.plan, self.weights.matrices, self.weights.vectors, pool, self.device), pool, self.device)
 
     def close(self) -> None:
         """Gives all memory back."""
@@ -43,14 +50,29 @@ class Opened:
 
 
 class Track:
-    """An executor over one cache. What lies below the depth that was jumped to is zeros: time does not depend on it."""
+    """An executor over one cache."""
 
-    def __init__(self, executor: CudaExecutor, pool: Pool) -> None:
-        self.executor, self.sequence = executor, pool.sequence()
+    def __init__(self, executor: CudaExecutor, pool: Pool, device: Device) -> None:
+        self.executor, self.pool, self._device = executor, pool, device
+        self.sequence = pool.sequence()
         self._token = 1
 
+    def fill(self) -> None:
+        """Computes a chunk of prompt rows and copies its pages over all others, so that no cache that is read holds zeros:
+        those would cost less power, and so less time, than numbers do."""
+        self.jump(0)
+        self.prefill(self.executor.plan.max_rows)
+        for group, table in zip(self.pool.groups, self.sequence.tables(), strict=True):
+            full = self.sequence.length // PAGE
+            assert list(table.pages[:full]) == list(range(full)), "a fresh pool gives its pages in order"
+            have, whole = full * group.page_stride, group.layout.page_bytes
+            while 0 < have < whole:
+                n = min(have, whole - have)
+                copy(self._device, group.address + have, group.address, n)
+                have += n
+
     def jump(self, depth: int) -> None:
-        """Makes the cache hold `depth` tokens."""
+        """Makes the cache hold `depth` tokens, of which nothing is computed."""
         self.sequence.clear()
         while self.sequence.length < depth:
             self.sequence.extend(self.sequence.most_rows(depth - self.sequence.length))

@@ -16,7 +16,7 @@ SHAPES = {
                  "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
     "llama-8b": {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False},
-    "tiny": {**_LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "tiny": {**_LLAMA, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 1,
              "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False},
 }
 

@@ -1,4 +1,4 @@
-"""A prompt and a few tokens of a tiny random model in every cache format: what compute-sanitizer looks at."""
+"""A prompt and a few tokens of a tiny random model in every weight and cache format: what compute-sanitizer looks at."""
 
 import sys
 import tempfile
@@ -14,8 +14,9 @@ def main(device: str) -> None:
         for weights, kv in (("bf16", "f16"), ("q8", "q8"), ("q4", "q4")):
             with Opened(write("tiny", Path(folder)), weights, 256, 128, device) as opened:
                 track = opened.track(kv)
+                track.jump(0)
                 track.prefill(126)
-                print(weights, kv, [track.decode() for _ in range(5)])
+                print(weights, kv, [track.decode() for _ in range(5)], flush=True)
                 track.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 
 from kvrun.backends.native import DTYPES, ISAS, ffi, lib
@@ -26,10 +28,15 @@ def poisoned(*shape: int) -> np.ndarray:
     return np.full(shape, np.nan, dtype=np.float32)
 
 
+GIVEN: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+"""What pointer() was given, by address: for machines whose memory is another."""
+
+
 def pointer(array: np.ndarray | None, kind: str = "float *"):
     if array is None:
         return ffi.NULL
     assert array.flags.c_contiguous
+    GIVEN[array.ctypes.data] = array
     return ffi.cast(kind, array.ctypes.data)
 
 
