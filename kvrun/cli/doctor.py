@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -158,14 +159,17 @@ def _cuda() -> Section:
     return found
 
 
-def _with_size(folder: Path) -> str:
-    """The folder, and what its files take together: they can be deleted at any time."""
+def _with_size(folder: Path, note: str = "") -> str:
+    """The folder, and what its files take together."""
     from kvrun.terminal import human_bytes
 
-    try:
-        return f"{folder} ({human_bytes(sum(entry.stat().st_size for entry in os.scandir(folder)))}, made again when needed)"
-    except OSError:
+    if not folder.is_dir():
         return f"{folder} (none yet)"
+    taken = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process removes it
+            taken += 0 if path.is_dir() else path.lstat().st_size
+    return f"{folder} ({human_bytes(taken)}{note})"
 
 
 def _places() -> Section:
@@ -177,9 +181,9 @@ def _places() -> Section:
     from kvrun.cache.prompt_cache import prompts_dir
     from kvrun.cache.session import sessions_dir
 
-    mine = user_file()
-    return {"sessions": str(sessions_dir()), "pages of prompts": str(prompts_dir()), "packaged models": str(store_dir()),
-            "quantized weights": _with_size(packed_dir()), "hub cache": str(constants.HF_HUB_CACHE),
+    mine, again = user_file(), ", made again when needed"
+    return {"sessions": _with_size(sessions_dir()), "pages of prompts": _with_size(prompts_dir(), again), "packaged models": _with_size(store_dir()),
+            "quantized weights": _with_size(packed_dir(), again), "hub cache": str(constants.HF_HUB_CACHE),
             "hub offline": bool(constants.HF_HUB_OFFLINE), "models.toml": str(shipped_file()),
             "your models.toml": str(mine) if mine.is_file() else f"{mine} (none yet)", "default model": load_catalog().default}
 
