@@ -128,7 +128,7 @@ class Typist:
         go_on = ["-c"] if (self.home / "state/kvrun/sessions").is_dir() and self.draw.random() < 0.8 else []
         options = ["--kv", self.draw.choice(("f16", "q8", "q4", "q8/q4"))] if self.draw.random() < 0.5 else []
         arguments = [str(Path(__file__)), "--watch", str(self.report), "--memory", str(self.limit >> 20), "--", *self.fixed, *options, *go_on,
-                     "--max-tokens", str(self.draw.choice((8, 60, self.longest))), "--seed", str(self.draw.randrange(1 << 30)), "--temp", "0.9"]
+                     "--max-tokens", str(self.draw.choice((8, *3 * (self.longest,)))), "--seed", str(self.draw.randrange(1 << 30)), "--temp", "0.9"]
         self.process = pexpect.spawn(sys.executable, arguments, env=self.environment, dimensions=(30, 100), timeout=None)
         self.sizes.append([])
         self.counts["processes"] += 1
@@ -148,7 +148,7 @@ class Typist:
             self.process.send("\x1b[1;1R")
         return True
 
-    def wait_prompt(self, seconds: float = 60) -> bool:
+    def wait_prompt(self, seconds: float = 300) -> bool:
         """Until the chat has looked at itself and asks for the next line. False when it has ended instead."""
         end = time.monotonic() + seconds
         while True:
@@ -229,7 +229,11 @@ class Typist:
         self.counts[kind] += 1
         self.process.send(typed + "\r")
         if kind == "interrupt":
-            end = time.monotonic() + self.draw.choice((0.0, 0.01, 0.03, 0.1, 0.5, 2.0)) * self.draw.random()
+            end = time.monotonic() + 5
+            self.tail = b""
+            while b"\x1b[?2004l" not in self.tail and time.monotonic() < end:  # the line was taken
+                self.pump(0.01)
+            end = time.monotonic() + self.draw.choice((0.01, 0.05, 0.2, 1.0)) * self.draw.random()
             while time.monotonic() < end:
                 self.pump(0.01)
             self.process.send("\x03")
@@ -283,6 +287,8 @@ def main() -> int:
     parser.add_argument("--watch", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job: the chat would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if options.watch:
         return watch(options.watch, options.memory << 20, options.arguments)
     with tempfile.TemporaryDirectory(prefix="kvrun-soak-") as folder:
@@ -292,7 +298,7 @@ def main() -> int:
             from tiny_model import random_model
 
             model = str(random_model(Path(folder) / "model", options.seed % 1000, window=200 if options.seed % 2 else 0))
-        longest = 3000 if options.model == "tiny" else 200  # about a second
+        longest = 600 if options.model == "tiny" else 200
         typist = Typist(model, options.seed, options.memory << 20, options.n_ctx, longest, Path(folder))
         wrong = None
         try:
