@@ -68,6 +68,7 @@ static void load_block(Block &block, const kv_op_attend &op, const kv_state &sta
     block.own = has_side(op.cache) ? state.pos[run.begin] / KV_PAGE * KV_PAGE : -1;
     block.softcap = op.softcap;
     block.pos = state.pos + run.begin;
+    block.split = false;
     const f32x16 scale = splat(op.softcap > 0 ? op.scale / op.softcap : op.scale);
     const int64_t columns = (int64_t)(op.heads + 2 * op.kv_heads) * op.head_dim;
     for (int r = 0; r < block.rows; r++) {
@@ -147,36 +148,41 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
                          const Run *runs, int n_runs, int64_t parts, Pages pages) {
     const int group = op.heads / op.kv_heads, d = op.head_dim;
     const int64_t slot = slot_floats(op), m_at = slot - 16;
-    // Items are (run, part, KV head) in this order; a place is where one is. A thread takes its next item before it
-    // computes the one it has, to ask for the next K in time.
-    struct Place { int64_t item, passed; int run, part, page; };
+    // Items are (run, KV head, part) in this order, so that a thread mostly keeps its queries; a place is where one is. A thread
+    // takes its next item before it computes the one it has, to ask for the next K in time.
+    struct Place { int64_t item; int run, kv_head, part, page; };
     auto advance = [&](Place p, int64_t item) {
-        for (p.item = item; p.passed < item / op.kv_heads; p.passed++) {
+        for (; p.item < item; p.item++) {
             p.page = part_end(runs[p.run], p.page);
             if (++p.part < runs[p.run].parts) continue;
-            do p.run++; while (runs[p.run].parts == 0);
-            p.page = runs[p.run].first, p.part = 0;
+            p.part = 0;
+            if (++p.kv_head == op.kv_heads) {
+                p.kv_head = 0;
+                do p.run++; while (runs[p.run].parts == 0);
+            }
+            p.page = runs[p.run].first;
         }
         return p;
     };
-    auto k_at = [&](const Place &p) { return k_of(op.cache, runs[p.run].table->page[p.page], (int)(p.item % op.kv_heads), d); };
+    auto k_at = [&](const Place &p) { return k_of(op.cache, runs[p.run].table->page[p.page], p.kv_head, d); };
+    Block block;
+    block_in(block, mine, queries_of_block(op), d, op.cache);
+    int run_of_block = -1, kv_head_of_block = -1;
     auto reduce = [&](const Place &p, const char *next_k) {
         const Run &run = runs[p.run];
-        const int kv_head = (int)(p.item % op.kv_heads);
-        Block block;
-        block_in(block, mine, queries_of_block(op), d, op.cache);
-        load_block(block, op, state, run, kv_head);
+        if (p.run != run_of_block || p.kv_head != kv_head_of_block) load_block(block, op, state, run, p.kv_head);
+        run_of_block = p.run, kv_head_of_block = p.kv_head;
         block.start();
-        pages(block, op.cache, *run.table, p.page, part_end(run, p.page), kv_head, next_k);
+        pages(block, op.cache, *run.table, p.page, part_end(run, p.page), p.kv_head, next_k);
         for (int i = 0; i < block.rows * group; i++) {
-            const int64_t row = i / group, head = kv_head * group + i % group;
+            const int64_t row = i / group, head = p.kv_head * group + i % group;
             float *to = slots + (run.slot + (row * op.heads + head) * run.parts + p.part) * slot;
             memcpy(to, block.o + (int64_t)i * d, sizeof(float) * (size_t)d);
             to[m_at] = block.m[i];
             to[m_at + 1] = block.l[i];
         }
     };
-    Place here{-1, 0, 0, 0, 0};
+    Place here{0, 0, 0, 0, 0};
     while (here.run + 1 < n_runs && runs[here.run].parts == 0) here.run++;
     here.page = runs[here.run].first;
     int64_t item, end;

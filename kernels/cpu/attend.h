@@ -1,5 +1,7 @@
 // attend.h - the inner part of attention: a block of queries against the pages of one part of the positions.
 #pragma once
+#include <initializer_list>
+
 #include "kernels.h"
 #include "lanes.h"
 #include "pages.h"
@@ -14,16 +16,15 @@ static inline float first(f32x16 a) {
     return t[0];
 }
 
-// e^x for x <= 0, within 3e-7 of it for x > -10; NaN stays NaN. Taylor series of 2^r, |r| <= 1/2.
+// e^x for x <= 0, within 2e-7 of it for x > -10; NaN stays NaN. 2^r, |r| <= 1/2, by the polynomial of least relative error that is 1 at 0.
 static inline f32x16 exp_below(f32x16 x) {
     x = max(splat(-87.f), x);
     const f32x16 magic = splat(12582912.f), log2e = splat(1.44269504f), t = fma(x, log2e, magic), r = fma(x, log2e, magic - t);
-    f32x16 p = splat(1.540353039e-4f);
-    p = fma(p, r, splat(1.333355815e-3f));
-    p = fma(p, r, splat(9.618129108e-3f));
-    p = fma(p, r, splat(5.550410866e-2f));
-    p = fma(p, r, splat(2.402265070e-1f));
-    p = fma(p, r, splat(6.931471806e-1f));
+    f32x16 p = splat(1.3264727e-3f);
+    p = fma(p, r, splat(9.6715127e-3f));
+    p = fma(p, r, splat(5.5507337e-2f));
+    p = fma(p, r, splat(2.4022242e-1f));
+    p = fma(p, r, splat(6.9314698e-1f));
     return fma(p, r, splat(1.f)) * exp2_magic(t);
 }
 
@@ -32,6 +33,7 @@ struct Block {
     int group, rows, head_dim, window, kv_heads;
     int own;                               // base of the page that a KV_Q4 cache holds exact for these rows, else -1
     float softcap;
+    bool split;                            // q8 holds q; for KV_Q8 of K on int8 tiles only
     const int32_t *pos;                    // [rows], ascending
     float *q;                              // [queries][head_dim], times scale (over softcap); rotated for KV_Q8
     float *s;                              // [queries of a pass][s_stride] scores, then probabilities
@@ -45,7 +47,7 @@ struct Block {
     int64_t q8_rows;
     float *q8_factor, *p8_factor, *k_zero, *p8_zero;
     int32_t *c32;
-    char *codes;
+    char *codes;                           // KV_Q4: the bytes of K, then those of V, cut in two
 
     void start() {
         for (int i = 0; i < rows * group; i++) m[i] = LOWEST, l[i] = 0;
@@ -62,7 +64,12 @@ static const bool TILES = KV_TILES;
 
 // KV_Q8 and KV_Q4 of K as int8 tiles see it: chunks of 64 channels, cut into parts that have a factor each.
 static inline int chunks_of_k(int dtype, int d) { return dtype == KV_Q8 || d <= 64 ? (d + 63) / 64 : 2 * ((d / 2 + 63) / 64); }
-static inline int parts_of_k(int dtype, int d) { return dtype == KV_Q8 ? 64 / kv_q8_group(d) : d <= 64 ? 2 : 1; }
+static inline int parts_of_k(int dtype, int d) { return dtype == KV_Q8 ? 64 / kv_q8_group(d) : 1; }
+
+// Channels of V that share a scale, and how many tiles of sums there are before they are read.
+static inline int width_of_v(int dtype, int d) { return dtype == KV_Q4 ? kv_q4_group(d) : kv_q8_group(d); }
+static const int TILES_AT_ONCE = 4;
+static const int CHUNK = 64;               // what one int8 tile sums over: channels of K, tokens of V
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -96,15 +103,21 @@ static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, c
     b.tail = (uint16_t *)take(bf16 ? 16 * head_dim : 0);
     if (int8) {
         const int chunks = chunks_of_k(cache.k_dtype, head_dim), parts = parts_of_k(cache.k_dtype, head_dim);
+        const int width = width_of_v(cache.v_dtype, head_dim), widths = head_dim / width;
+        // Sums of V: those of all widths at once for the queries of one tile, else those of one width.
+        const int64_t rows = n > 8 * widths ? n : 8 * widths;
+        int64_t tiles = TILES_AT_ONCE;
+        for (const int64_t needed : {n * parts / 8 * chunks, n / 8 * (width / 16), (int64_t)head_dim / 16})
+            if (tiles < needed) tiles = needed;
         b.q8_rows = n * parts * 2;
         b.q8 = (int8_t *)take(chunks * b.q8_rows * 16);
         b.q8_factor = take(n * chunks * parts);
-        b.p8 = (int8_t *)take(n * 2 * KV_PAGE / 4);
-        b.p8_factor = take(n);
+        b.p8 = (int8_t *)take(rows * 2 * KV_PAGE / 4);
+        b.p8_factor = take(rows);
+        b.p8_zero = take(rows);
         b.k_zero = take(n);
-        b.p8_zero = take(n);
-        b.c32 = (int32_t *)take(b.q8_rows * 16 + 256);
-        const int64_t k_codes = KV_PAGE * chunks * 64, v_codes = KV_PAGE * (int64_t)head_dim;
+        b.c32 = (int32_t *)take(tiles * 256);
+        const int64_t k_codes = KV_PAGE * chunks * CHUNK, v_codes = KV_PAGE * (int64_t)head_dim;
         b.codes = (char *)take((k_codes > v_codes ? k_codes : v_codes) / 4);
     }
     return at - begin;

@@ -13,7 +13,7 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
     const Side side = has_side(cache) ? side_of(cache, table, kv_head, block.kv_heads, d) : Side();
     const int64_t k_bytes = kv_head_bytes(cache.k_dtype, d, 0), v_bytes = kv_head_bytes(cache.v_dtype, d, 1);
     PairsOfK pairs;
-    if (cache.k_dtype == KV_Q8) split_queries_q8(block);
+    if (cache.k_dtype == KV_Q8 && !block.split) split_queries_q8(block), block.split = true;
     for (; page < end; page++) {
         const Seen seen = seen_of(block, table.base[page]);
         if (seen.from == seen.to) continue;
@@ -31,8 +31,8 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
                 scores_int8(block, codes, false, from, to, first, last, next);
             } else if (piece.dtype == KV_Q4) {
                 pairs.read(piece.data, d);
-                split_queries_q4(block, pairs, first, last);
                 cut_k_q4(piece.data, pairs, d, from, to, block.codes);
+                split_queries_q4(block, pairs, first, last);
                 const int chunks = chunks_of_k(KV_Q4, d), parts = parts_of_k(KV_Q4, d);
                 const CodesOfK codes{block.codes, chunks * 1024, chunks, parts, nullptr, chunks * parts};
                 scores_int8(block, codes, true, from, to, first, last, next);
@@ -43,11 +43,17 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
                 }
             }
         }
+        for (int j = 0; j < v.n; j++)
+            if (v.piece[j].dtype == KV_Q4) cut_v_q4(v.piece[j].data, d, 16 * v.piece[j].first, 16 * v.piece[j].last, block.codes);
+        const bool whole = block.softcap <= 0 && seen.low_of(block, seen.to - 1) == 0 && seen.high_of(block, seen.from) == KV_PAGE;
+        if (whole)
+            for (int i = first; i < last; i++) block.keep[i] = top_of_whole_page(block.s + i * block.s_stride, block.m[i]);
         for (int i = first; i < last; i++) {
-            const bool fresh = block.l[i] == 0;
-            block.keep[i] = softmax_page(block.s + i * block.s_stride, seen.low_of(block, i / group), seen.high_of(block, i / group),
-                                         first_block, last_block, block.softcap, block.m[i], block.l[i]);
-            if (fresh) memset(block.o + (int64_t)i * d, 0, sizeof(float) * (size_t)d);
+            float *s = block.s + i * block.s_stride;
+            if (block.l[i] == 0) memset(block.o + (int64_t)i * d, 0, sizeof(float) * (size_t)d);
+            block.keep[i] = whole ? softmax_whole_page(s, block.keep[i], block.m[i], block.l[i])
+                                  : softmax_page(s, seen.low_of(block, i / group), seen.high_of(block, i / group), first_block, last_block,
+                                                 block.softcap, block.m[i], block.l[i]);
         }
         const Next next{ahead, k_bytes};
         for (int j = 0; j < v.n; j++) {
@@ -60,7 +66,6 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             } else if (piece.dtype == KV_Q4) {
                 const uint16_t *scale = (const uint16_t *)(piece.data + KV_PAGE * d / 2);
                 const int width = kv_q4_group(d);
-                cut_v_q4(piece.data, d, from, to, block.codes);
                 sums_int8<true>(block, seen, block.codes, scale, scale + d / width * KV_PAGE, width, from, to, first, last, next);
             } else {
                 for (int i = first, n; i < last; i += n) {

@@ -118,9 +118,36 @@ template <class F, class... Args> static inline void pass(int n, Args... args) {
     }
 }
 
+// Adds a page's maximum and sum to a query's; returns by how much what was summed before shrinks.
+static inline float add_page(float new_m, float page_sum, float &m, float &l) {
+    const float keep = l == 0 ? 0.f : m == new_m ? 1.f : first(exp(splat(m - new_m)));
+    l = l * keep + page_sum;
+    m = new_m;
+    return keep;
+}
+
+// softmax_page where all slots of the page are seen, in two halves, for queries in turn to wait less: the new maximum, then the rest.
+static inline float top_of_whole_page(const float *s, float m) {
+    f32x16 x[KV_PAGE / 16];
+    for (int b = 0; b < KV_PAGE / 16; b++) x[b] = load(s + 16 * b);
+    for (int n = KV_PAGE / 32; n > 0; n /= 2)
+        for (int b = 0; b < n; b++) x[b] = max(x[b], x[b + n]);
+    return max(max(splat(m), x[0]));
+}
+static inline float softmax_whole_page(float *s, float new_m, float &m, float &l) {
+    f32x16 sums[2] = {splat(0), splat(0)};
+    for (int b = 0; b < KV_PAGE / 16; b++) {
+        const f32x16 p = exp_below(load(s + 16 * b) - splat(new_m));
+        sums[b % 2] = sums[b % 2] + p;
+        store(s + 16 * b, p);
+    }
+    return add_page(new_m, sum(sums[0] + sums[1]), m, l);
+}
+
 // Turns one query's scores of the slots [low, high) of a page into probabilities relative to the new maximum, zero
 // in the other slots of blocks [first, last); returns by how much what was summed before shrinks.
 static inline float softmax_page(float *s, int low, int high, int first_block, int last_block, float softcap, float &m, float &l) {
+    if (low == 0 && high == KV_PAGE && softcap <= 0) return softmax_whole_page(s, top_of_whole_page(s, m), m, l);
     f32x16 top = splat(m);
     for (int b = low / 16; b * 16 < high; b++) {
         f32x16 x = load(s + 16 * b);
@@ -140,10 +167,7 @@ static inline float softmax_page(float *s, int low, int high, int first_block, i
         }
         store(s + 16 * b, p);
     }
-    const float keep = l == 0 ? 0.f : first(exp(splat(m - new_m)));
-    l = l * keep + sum(sums);
-    m = new_m;
-    return keep;
+    return add_page(new_m, sum(sums), m, l);
 }
 
 // Channels past the last whole 16 of a head.

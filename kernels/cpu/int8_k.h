@@ -20,9 +20,13 @@ static inline void split_query(Block &block, int i, int chunks, int parts, const
     for (int ch = 0; ch < chunks; ch++)
         for (int part = 0; part < parts; part++) {
             int8_t *row = block.q8 + (ch * block.q8_rows + (i * parts + part) * 2) * (int64_t)CHUNK;
-            memset(row, 0, 2 * CHUNK);
-            block.q8_factor[(i * chunks + ch) * parts + part] =
-                split_bytes(x + ch * CHUNK + part * width, width, row + part * width, row + CHUNK + part * width);
+            alignas(64) float of_part[CHUNK];
+            const float *from = x + ch * CHUNK;
+            if (parts > 1) {
+                for (int c = 0; c < CHUNK; c += 16) store(of_part + c, c / width == part ? load(from + c) : splat(0));
+                from = of_part;
+            }
+            block.q8_factor[(i * chunks + ch) * parts + part] = split_bytes(from, row, row + CHUNK);
         }
 }
 
@@ -37,9 +41,9 @@ static void split_queries_q8(Block &block) {
 
 // What a Q4 page of K says of its channels, as vectors.
 struct PairsOfK {
-    alignas(64) float scale[KV_MAX_QUANT_DIM], zero[KV_MAX_QUANT_DIM], down[KV_MAX_QUANT_DIM / 2];
+    alignas(64) float scale[KV_MAX_QUANT_DIM], zero[KV_MAX_QUANT_DIM];
     alignas(64) int32_t high[KV_MAX_QUANT_DIM / 2], low[KV_MAX_QUANT_DIM / 2];
-    alignas(64) uint8_t mask[KV_MAX_QUANT_DIM / 2];       // the bits of the low channel
+    alignas(64) uint8_t bits[KV_MAX_QUANT_DIM / 2];       // of the low channel
 
     void read(const char *page, int d) {
         const uint16_t *scales = (const uint16_t *)(page + KV_PAGE * d / 2);
@@ -52,10 +56,7 @@ struct PairsOfK {
             const __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(chan + 2 * i)));
             _mm512_store_si512(high + i, _mm512_and_si512(pair, _mm512_set1_epi32(255)));
             _mm512_store_si512(low + i, _mm512_srli_epi32(pair, 8));
-            const __m512i bits = _mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(split + i))));
-            _mm512_store_si512(down + i, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(127), bits), 23));
-            const __m512i masks = _mm512_sub_epi32(_mm512_sllv_epi32(_mm512_set1_epi32(1), bits), _mm512_set1_epi32(1));
-            _mm_store_si128((__m128i *)(mask + i), _mm512_cvtepi32_epi8(masks));
+            _mm_store_si128((__m128i *)(bits + i), _mm_sub_epi8(_mm_set1_epi8(8), _mm_loadu_si128((const __m128i *)(split + i))));
         }
     }
 };
@@ -72,7 +73,7 @@ static inline f32x16 look_up(const float *p, int d, const int32_t *index) {
 // KV_Q4 of K: the queries [first, last) times the scales of this page, in the order of its pairs: all channels in the upper
 // bits of their bytes, then, from the middle of the chunks on, those in the lower bits. k_zero: what each score has besides.
 static void split_queries_q4(Block &block, const PairsOfK &page, int first, int last) {
-    const int d = block.head_dim, chunks = chunks_of_k(KV_Q4, d), parts = parts_of_k(KV_Q4, d), half = chunks * CHUNK / 2;
+    const int d = block.head_dim, chunks = chunks_of_k(KV_Q4, d), half = chunks * CHUNK / 2;
     alignas(64) float x[2 * KV_MAX_QUANT_DIM] = {}, scaled[KV_MAX_QUANT_DIM] = {};
     for (int i = first; i < last; i++) {
         const float *q = block.q + (int64_t)i * d;
@@ -83,80 +84,93 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
         }
         block.k_zero[i] = sum(zeros);
         for (int j = 0; j < d / 2; j += 16) {
-            const f32x16 high = look_up(scaled, d, page.high + j) * load(page.down + j), low = look_up(scaled, d, page.low + j);
+            const f32x16 high = look_up(scaled, d, page.high + j), low = look_up(scaled, d, page.low + j);
             const __mmask16 there = d / 2 - j < 16 ? 0xff : 0xffff;
             _mm512_store_ps(x + j, _mm512_maskz_mov_ps(there, high.v));
             _mm512_storeu_ps(x + half + j, _mm512_maskz_mov_ps(there, low.v));
         }
-        split_query(block, i, chunks, parts, x);
+        split_query(block, i, chunks, 1, x);
     }
 }
 
-// The bytes of blocks [from, to) cut into upper and lower codes, the upper ones times 2^(bits of the lower).
+// The bytes of blocks [from, to) cut into upper and lower codes.
 static void cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, int to, char *out) {
     const int quads = d / 8, chunks = chunks_of_k(KV_Q4, d), half = chunks * 8;
+    const __m512i byte = _mm512_set1_epi64(0x3830282018100800), ones = _mm512_set1_epi8(1);
+    const __m512i powers = _mm512_set4_epi32(0, 0, 0x80402010, 0x08040201);
     for (int j = 0; j < quads; j++) {
         int32_t four;
-        memcpy(&four, pairs.mask + 4 * j, 4);
-        const __m512i mask = _mm512_set1_epi32(four);
+        memcpy(&four, pairs.bits + 4 * j, 4);
+        const __m512i bits = _mm512_set1_epi32(four), upper_from = _mm512_add_epi8(byte, bits);
+        // 2^bits - 1 and 2^(8 - bits) - 1
+        const __m512i lower = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, bits), ones);
+        const __m512i upper = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, _mm512_sub_epi8(_mm512_set1_epi8(8), bits)), ones);
         for (int b = from; b < to; b++) {
             const __m512i x = _mm512_loadu_si512(page + (b * quads + j) * 64);
             char *to_block = out + b * chunks * 1024;
-            _mm512_store_si512(to_block + j * 64, _mm512_andnot_si512(mask, x));
-            _mm512_store_si512(to_block + (half + j) * 64, _mm512_and_si512(mask, x));
+            _mm512_store_si512(to_block + j * 64, _mm512_and_si512(upper, _mm512_multishift_epi64_epi8(upper_from, x)));
+            _mm512_store_si512(to_block + (half + j) * 64, _mm512_and_si512(lower, x));
         }
     }
 }
 
-// s[i][16*b ..] for the queries [first, last) and the blocks [from, to): k_zero (KV_Q4) plus all products.
+// s[i][16*b ..] for the queries [first, last) and the blocks [from, to): k_zero (KV_Q4) plus all products. Tiles of several
+// blocks are stored before the first is read again: a vector cannot be loaded from a tile that is still being stored.
 template <bool Q4, int PARTS>
 static void scores_int8(const Block &block, const CodesOfK &k, int from, int to, int first, int last, const Next &next) {
-    const int of_tile = 8 / PARTS, m = first / of_tile, m_end = (last + of_tile - 1) / of_tile, chunks = k.chunks, units = k.units;
+    const int of_tile = 8 / PARTS, m = first / of_tile, tiles = (last + of_tile - 1) / of_tile - m, chunks = k.chunks, units = k.units;
+    const int batch = tiles * chunks < TILES_AT_ONCE ? TILES_AT_ONCE / (tiles * chunks) : 1;
     const int64_t step = next.bytes / (to - from), a_step = block.q8_rows * CHUNK, s_stride = block.s_stride;
+    const int8_t *const a = block.q8 + m * 1024;
     int32_t *const c32 = block.c32;
-    const int32_t *const c_first = c32 + (first - m * of_tile) * PARTS * 32;
-    for (int b = from; b < to; b++) {
-        next.fetch((b - from) * step, (b - from + 1) * step);
-        for (int ch = 0; ch < chunks; ch++) {
-            asm volatile("" ::: "memory");     // tile loads do not tell the compiler that they read memory
-            const int8_t *a = block.q8 + ch * a_step;
-            _tile_loadd(6, k.codes + b * k.block + ch * 1024, 64);
-            for (int t = m; t < m_end; t += 2) {
-                _tile_zero(0);
-                _tile_loadd(4, a + t * 1024, 64);
-                multiply_bytes_0<Q4>();
-                if (t + 1 < m_end) {
-                    _tile_zero(1);
-                    _tile_loadd(5, a + t * 1024 + 1024, 64);
-                    multiply_bytes_1<Q4>();
-                    _tile_stored(1, c32 + (t + 1 - m) * 256, 64);
+    for (int begin = from; begin < to; begin += batch) {
+        const int end = begin + batch < to ? begin + batch : to;
+        asm volatile("" ::: "memory");         // tile loads do not tell the compiler that they read memory
+        int32_t *c = c32;
+        for (int b = begin; b < end; b++) {
+            next.fetch((b - from) * step, (b - from + 1) * step);
+            for (int ch = 0; ch < chunks; ch++, c += tiles * 256) {
+                _tile_loadd(6, k.codes + b * k.block + ch * 1024, 64);
+                for (int t = 0; t < tiles; t += 2) {
+                    _tile_zero(0);
+                    _tile_loadd(4, a + ch * a_step + t * 1024, 64);
+                    multiply_bytes_0<Q4>();
+                    if (t + 1 < tiles) {
+                        _tile_zero(1);
+                        _tile_loadd(5, a + ch * a_step + t * 1024 + 1024, 64);
+                        multiply_bytes_1<Q4>();
+                        _tile_stored(1, c + t * 256 + 256, 64);
+                    }
+                    _tile_stored(0, c + t * 256, 64);
                 }
-                _tile_stored(0, c32 + (t - m) * 256, 64);
-            }
-            asm volatile("" ::: "memory");
-            f32x16 scale[PARTS];
-            const int parts = units - ch * PARTS < PARTS ? units - ch * PARTS : PARTS;
-            if (!Q4)
-                for (int part = 0; part < PARTS; part++)
-                    if (part < parts) scale[part] = load_f16(k.scale + (b * units + ch * PARTS + part) * 16);
-            const int32_t *c = c_first;
-            const float *factor = block.q8_factor + (first * chunks + ch) * PARTS;
-            float *s = block.s + first * s_stride + 16 * b;
-            for (int i = first; i < last; i++, c += PARTS * 32, factor += chunks * PARTS, s += s_stride) {
-                f32x16 sum = ch ? load(s) : Q4 ? splat(block.k_zero[i]) : splat(0);
-                for (int part = 0; part < PARTS; part++) {
-                    if (part >= parts) break;
-                    const f32x16 x = join(c + part * 32);
-                    sum = Q4 ? fma(x, splat(factor[part]), sum) : fma(x * scale[part], splat(factor[part]), sum);
-                }
-                store(s, sum);
             }
         }
+        asm volatile("" ::: "memory");
+        const int32_t *sums = c32 + (first - m * of_tile) * PARTS * 32;
+        for (int b = begin; b < end; b++)
+            for (int ch = 0; ch < chunks; ch++, sums += tiles * 256) {
+                f32x16 scale[PARTS];
+                const int parts = units - ch * PARTS < PARTS ? units - ch * PARTS : PARTS;
+                if (!Q4)
+                    for (int part = 0; part < PARTS; part++)
+                        if (part < parts) scale[part] = load_f16(k.scale + (b * units + ch * PARTS + part) * 16);
+                const int32_t *row = sums;
+                const float *factor = block.q8_factor + (first * chunks + ch) * PARTS;
+                float *s = block.s + first * s_stride + 16 * b;
+                for (int i = first; i < last; i++, row += PARTS * 32, factor += chunks * PARTS, s += s_stride) {
+                    f32x16 sum = ch ? load(s) : Q4 ? splat(block.k_zero[i]) : splat(0);
+                    for (int part = 0; part < PARTS; part++) {
+                        if (part >= parts) break;
+                        const f32x16 x = join(row + part * 32);
+                        sum = Q4 ? fma(x, splat(factor[part]), sum) : fma(x * scale[part], splat(factor[part]), sum);
+                    }
+                    store(s, sum);
+                }
+            }
     }
 }
 static void scores_int8(const Block &block, const CodesOfK &k, bool q4, int from, int to, int first, int last, const Next &next) {
-    if (q4 && k.parts == 2) scores_int8<true, 2>(block, k, from, to, first, last, next);
-    else if (q4) scores_int8<true, 1>(block, k, from, to, first, last, next);
+    if (q4) scores_int8<true, 1>(block, k, from, to, first, last, next);
     else if (k.parts == 2) scores_int8<false, 2>(block, k, from, to, first, last, next);
     else scores_int8<false, 4>(block, k, from, to, first, last, next);
 }

@@ -5,21 +5,28 @@
 
 namespace KV_NS {
 
-static const int CHUNK = 64;               // what one tile sums over: channels of K, tokens of V
+// Signed 16-bit numbers in two registers, of four vectors of 32 bits whose lanes packing mixed, as bytes in order.
+static inline __m512i bytes_in_order(__m512i a, __m512i b, bool sign) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, sign ? _mm512_packs_epi16(a, b) : _mm512_packus_epi16(a, b));
+}
 
-// x[n] = factor*(256*high + low), n a multiple of 16; returns the factor. What is not finite makes the factor so.
-static inline float split_bytes(const float *x, int n, int8_t *high, int8_t *low) {
+// x[64] = factor*(256*high + low), both signed; returns the factor. What is not finite makes the factor so.
+static inline float split_bytes(const float *x, int8_t *high, int8_t *low) {
     __m512i bits = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += 16)        // as bits, absolute values are ordered as numbers and NaN is the highest
+    for (int i = 0; i < 64; i += 16)       // as bits, absolute values are ordered as numbers and NaN is the highest
         bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_loadu_si512(x + i), _mm512_set1_epi32(0x7fffffff)));
     const float top = kv::bits_f32(_mm512_reduce_max_epu32(bits));
     const __m512 up = _mm512_set1_ps(top > 0 ? 32512.f / top : 0.f);
-    for (int i = 0; i < n; i += 16) {
-        const __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), up));
-        const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(y, _mm512_set1_epi32(128)), 8);
-        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(h));
-        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(y, _mm512_slli_epi32(h, 8))));
+    __m512i h[2], l[2];
+    for (int i = 0; i < 2; i++, x += 32) {
+        const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), up));
+        const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), up)), y = _mm512_packs_epi32(a, b);
+        h[i] = _mm512_srai_epi16(_mm512_add_epi16(y, _mm512_set1_epi16(128)), 8);
+        l[i] = _mm512_sub_epi16(y, _mm512_slli_epi16(h[i], 8));
     }
+    _mm512_storeu_si512(high, bytes_in_order(h[0], h[1], true));
+    _mm512_storeu_si512(low, bytes_in_order(l[0], l[1], true));
     return top * (1.f / 32512.f);
 }
 

@@ -37,82 +37,89 @@ struct ScaledSlots {
     }
 };
 
-// 64 products p*u, at most 32512 each, as bytes: 256*high + low.
+// 64 products p*u, at most 32512 each, as bytes without a sign: 256*high + low.
 static inline void split_products(const float *p, const float *u, int8_t *high, int8_t *low) {
-    // Packing mixes fours of the four vectors; this puts them in order again.
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m512i h[2], l[2];
+    __m512i y[2];
     for (int i = 0; i < 2; i++, p += 32, u += 32) {
         const __m512i a = _mm512_cvtps_epi32((load(p) * load(u)).v), b = _mm512_cvtps_epi32((load(p + 16) * load(u + 16)).v);
-        const __m512i y = _mm512_packs_epi32(a, b);
-        h[i] = _mm512_srai_epi16(_mm512_add_epi16(y, _mm512_set1_epi16(128)), 8);
-        l[i] = _mm512_sub_epi16(y, _mm512_slli_epi16(h[i], 8));
+        y[i] = _mm512_packs_epi32(a, b);
     }
-    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(h[0], h[1])));
-    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(l[0], l[1])));
+    const __m512i byte = _mm512_set1_epi16(255);
+    _mm512_storeu_si512(high, bytes_in_order(_mm512_srli_epi16(y[0], 8), _mm512_srli_epi16(y[1], 8), false));
+    _mm512_storeu_si512(low, bytes_in_order(_mm512_and_si512(y[0], byte), _mm512_and_si512(y[1], byte), false));
 }
 
-// o = keep*o + weighted sums of the codes [D/16][128/4][16][4] over the slots [from, to), for the queries [first, last). `width`
+// o = keep*o + weighted sums of the codes [D/16][128/4][16][4] over the slots [from, stop), for the queries [first, last). `width`
 // channels share a scale. Probabilities are at most 1; those of slots that a row does not see are 0 or anything.
 template <bool Q4>
 static void sums_int8(const Block &block, const Seen &seen, const char *codes, const uint16_t *scale, const uint16_t *zero, int width, int from,
-                      int to, int first, int last, const Next &next) {
-    const int d = block.head_dim, m = first / 8, m_end = (last + 7) / 8, half = from / CHUNK, half_end = (to + CHUNK - 1) / CHUNK;
+                      int stop, int first, int last, const Next &next) {
+    const int d = block.head_dim, m = first / 8, m_end = (last + 7) / 8, half = from / CHUNK, half_end = (stop + CHUNK - 1) / CHUNK;
     const int64_t step = next.bytes * 16 / d, s_stride = block.s_stride;
     int8_t *const p8 = block.p8;
-    int32_t *const c32 = block.c32;
     float *const o_all = block.o, *const factors = block.p8_factor, *const zeros = block.p8_zero;
     const float *const keep = block.keep;
     // A row's result must not depend on the rows beside it, so where they see different slots each has its own factor.
-    const bool alike = seen.low_of(block, seen.to - 1) <= from && seen.high_of(block, seen.from) >= to;
+    const bool alike = seen.low_of(block, seen.to - 1) <= from && seen.high_of(block, seen.from) >= stop;
+    // Few queries: all channels in one go, so that no tile is read while it is being stored.
+    const int tiles = m_end - m, at_once = tiles == 1 ? d : width;
     ScaledSlots slots;
-    for (int g = 0; g < d; g += width, scale += KV_PAGE, zero += KV_PAGE) {
-        int row = -1;
-        for (int i = first; i < last; i++) {
-            if (row < 0 || (!alike && i / block.group != row)) {
-                row = i / block.group;
-                const int low = seen.low_of(block, row), high = seen.high_of(block, row);
-                slots.read<Q4>(scale, zero, low > from ? low : from, high < to ? high : to);
-            }
-            const float *p = block.s + i * s_stride;
-            f32x16 sum_zero = splat(0);
-            for (int h = half; h < half_end; h++) {
-                alignas(64) float cut[CHUNK];
-                const float *p64 = p + h * CHUNK;
-                if (h * CHUNK < from || h * CHUNK + CHUNK > to) {          // beyond, p may be anything
-                    for (int b = 0; b < 4; b++) {
-                        const int at = h * 4 + b;
-                        const bool some = 16 * at < to && 16 * at + 16 > from;
-                        store(cut + 16 * b, some ? slots_inside(at, from, to, load(p64 + 16 * b), splat(0)) : splat(0));
-                    }
-                    p64 = cut;
+    for (int begin = 0; begin < d; begin += at_once) {
+        int8_t *to8 = p8;
+        for (int g = begin, at = 0; g < begin + at_once; g += width, at += 8 * tiles, to8 += 16 * tiles * KV_PAGE, scale += KV_PAGE, zero += KV_PAGE) {
+            int row = -1;
+            for (int i = first; i < last; i++) {
+                if (row < 0 || (!alike && i / block.group != row)) {
+                    row = i / block.group;
+                    const int low = seen.low_of(block, row), high = seen.high_of(block, row);
+                    slots.read<Q4>(scale, zero, low > from ? low : from, high < stop ? high : stop);
                 }
-                split_products(p64, slots.u + h * CHUNK, p8 + (2 * i) * KV_PAGE + h * CHUNK, p8 + (2 * i + 1) * KV_PAGE + h * CHUNK);
-                if (Q4)
-                    for (int b = 0; b < CHUNK; b += 16) sum_zero = fma(load(p64 + b), load(slots.zero + h * CHUNK + b), sum_zero);
+                const float *p = block.s + i * s_stride;
+                int8_t *to = to8 + 2 * (i - 8 * m) * KV_PAGE;
+                f32x16 sum_zero = splat(0);
+                for (int h = half; h < half_end; h++) {
+                    alignas(64) float cut[CHUNK];
+                    const float *p64 = p + h * CHUNK;
+                    if (h * CHUNK < from || h * CHUNK + CHUNK > stop) {      // beyond, p may be anything
+                        for (int b = 0; b < 4; b++) {
+                            const int n = h * 4 + b;
+                            const bool some = 16 * n < stop && 16 * n + 16 > from;
+                            store(cut + 16 * b, some ? slots_inside(n, from, stop, load(p64 + 16 * b), splat(0)) : splat(0));
+                        }
+                        p64 = cut;
+                    }
+                    split_products(p64, slots.u + h * CHUNK, to + h * CHUNK, to + KV_PAGE + h * CHUNK);
+                    if (Q4)
+                        for (int b = 0; b < CHUNK; b += 16) sum_zero = fma(load(p64 + b), load(slots.zero + h * CHUNK + b), sum_zero);
+                }
+                factors[at + i - 8 * m] = slots.factor;
+                if (Q4) zeros[at + i - 8 * m] = sum(sum_zero);
             }
-            factors[i] = slots.factor;
-            if (Q4) zeros[i] = sum(sum_zero);
         }
-        for (int c = g; c < g + width; c += 16) {
+        asm volatile("" ::: "memory");         // tile loads do not tell the compiler that they read memory
+        int32_t *c32 = block.c32;
+        for (int c = begin; c < begin + at_once; c += 16) {
             next.fetch(c / 16 * step, (c / 16 + 1) * step);
-            for (int t = m; t < m_end; t++) {
-                asm volatile("" ::: "memory");
+            const int8_t *a = p8 + (c - begin) / width * 16 * tiles * KV_PAGE;
+            for (int t = 0; t < tiles; t++, a += 16 * KV_PAGE, c32 += 256) {
                 _tile_zero(0);
                 for (int h = half; h < half_end; h++) {
                     _tile_loadd(6, codes + c * KV_PAGE + h * 1024, 64);
-                    _tile_loadd(4, p8 + t * 16 * KV_PAGE + h * CHUNK, KV_PAGE);
-                    multiply_bytes_0<Q4>();
+                    _tile_loadd(4, a + h * CHUNK, KV_PAGE);
+                    _tile_dpbusd(0, 4, 6);
                 }
-                _tile_stored(0, c32 + (t - m) * 256, 64);
-                asm volatile("" ::: "memory");
-                const int begin = first > 8 * t ? first : 8 * t, end = last < 8 * t + 8 ? last : 8 * t + 8;
-                const int32_t *sums = c32 + (t - m) * 256 + (begin - 8 * t) * 32;
-                float *o = o_all + (int64_t)begin * d + c;
-                for (int i = begin; i < end; i++, o += d, sums += 32) {
-                    const f32x16 x = fma(join(sums), splat(factors[i]), load(o) * splat(keep[i]));
-                    store(o, Q4 ? x + splat(zeros[i]) : x);
-                }
+                _tile_stored(0, c32, 64);
+            }
+        }
+        asm volatile("" ::: "memory");
+        const int32_t *sums = block.c32 + (first - 8 * m) * 32;
+        for (int c = begin; c < begin + at_once; c += 16, sums += tiles * 256) {
+            const int at = (c - begin) / width * 8 * tiles - 8 * m;
+            const int32_t *row = sums;
+            float *o = o_all + (int64_t)first * d + c;
+            for (int i = first; i < last; i++, o += d, row += 32) {
+                const f32x16 x = fma(join(row), splat(factors[at + i]), load(o) * splat(keep[i]));
+                store(o, Q4 ? x + splat(zeros[at + i]) : x);
             }
         }
     }
