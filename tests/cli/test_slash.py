@@ -21,7 +21,7 @@ def chat(environment, tmp_path):
 
     def open_(folder, *args, **size) -> Screen:
         screen = Screen([*KVRUN, "chat", str(folder), *map(str, args)],
-                        environment | {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)}, **({"columns": 150, "rows": 60} | size))
+                        environment | {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)}, **({"columns": 180, "rows": 60} | size))
         opened.append(screen)
         screen.wait_prompt()
         return screen
@@ -46,6 +46,8 @@ def said(screen: Screen, line: str) -> list[str]:
 def test_every_command(chat, scripted, tmp_path):
     """One conversation with all of them. In what is expected, <n> is any number, <name> a session's name, and a line may end in '...'."""
     (tmp_path / "notes.txt").write_text("remember the milk\n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "binary").write_bytes(b"ELF\0")
     screen = chat(scripted, "-s", "be brief")
     rate = r"<n> tok/s"
     stats = f"prompt <n> tok (<n> cached) in <n> s, {rate} · answer 4 tok in <n> s, {rate} · ctx <n>/8192 · kv f16 · cpu · greedy · eos"
@@ -80,6 +82,8 @@ def test_every_command(chat, scripted, tmp_path):
                   "max-tokens      none"]),
         ("/read ~/notes.txt", [f"{tmp_path}/notes.txt: 18 bytes, read before your next message; /clear forgets them"]),
         ("/read ~/absent", [f"kvrun: error: cannot read {tmp_path}/absent: No such file or directory"]),
+        ("/read ~/latin", [f"kvrun: error: {tmp_path}/latin is not UTF-8 text: byte 0xe9 at offset 3; convert it first (iconv) or give another file"]),
+        ("/read ~/binary", [f"kvrun: error: {tmp_path}/binary is binary: a zero byte at offset 3; give text"]),
         ("/read", ["/read needs FILE"]),
         ("what?", ANSWER),
         ("/think", ["reasoning: show"]),
