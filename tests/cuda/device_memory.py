@@ -18,9 +18,9 @@ _libc.free.argtypes = [ctypes.c_void_p]
 def _allocated(n: int) -> np.ndarray:
     """uint8 [n], aligned as a GPU's memory is, in a piece of exactly that size, so that a sanitizer sees the first byte past it."""
     at = ctypes.c_void_p()
-    if _libc.posix_memalign(ctypes.byref(at), 256, max(n, 1)):
+    if _libc.posix_memalign(ctypes.byref(at), 256, n):
         raise MemoryError
-    array = np.frombuffer((ctypes.c_uint8 * n).from_address(at.value), np.uint8) if n else np.frombuffer((ctypes.c_uint8 * 1).from_address(at.value), np.uint8)[:0]
+    array = np.frombuffer((ctypes.c_uint8 * n).from_address(at.value), np.uint8)
     weakref.finalize(array.base, _libc.free, at.value)
     return array
 
@@ -37,6 +37,7 @@ class Device:
     def put(self, data: np.ndarray | bytes) -> int:
         """Address of a copy of `data` in device memory."""
         host = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+        host = host if host.size else np.zeros(1, np.uint8)      # nothing has an address too
         if self._gpu:
             import torch
 

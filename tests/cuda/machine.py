@@ -53,7 +53,7 @@ class Mirror:
     def back(self) -> None:
         """Brings back what the device may have changed."""
         for address, flat in self._held.values():
-            if flat.flags.writeable:
+            if flat.size and flat.flags.writeable:
                 flat[:] = self._get(address, flat.size)
 
 

@@ -18,23 +18,28 @@ PAIRS = [("q8", "q8"), ("q4", "q4"), ("q8", "q4"), ("q4", "q8"), ("bf16", "q4"),
 ids = "/".join
 
 
-def tolerance(prefill: bool, head_dim: int, *dtypes: str) -> float:
-    """Of attention: decode rows have 22 bits of q and of probabilities, prompt rows 11; 16 and 8 where one of the two meets
-    bfloat16. A score of 50 is wrong by 50 units of the last of them, and its probability by as large a share. Heads that are no
-    whole groups of channels, and float32, are computed in float32."""
+def tolerance(prefill: bool, head_dim: int, *dtypes: str) -> tuple[float, float]:
+    """Of attention, for the worst number and for the root mean square. Decode rows, and heads of more than 128 channels, have 22 bits
+    of q and of probabilities, prompt rows 11; 16 and 8 where one of the two meets bfloat16, as in FlashAttention. A score of 50 is wrong
+    by 50 units of the last of them, and its probability by as large a share: hence the worst. To a model it is little: over the first
+    96 tokens of tests/data/alice.txt SmolLM2's prompt rows have a mean KL divergence of 5e-7 from the reference with halves (1e-7 with
+    twice the bits) and 3e-5 with bfloat16 (7e-6). Heads that are no whole groups of channels, and float32, are computed in float32."""
     if head_dim % 32 or "f32" in dtypes:
-        return 2e-5
+        return 2e-5, 3e-6
     eight = "bf16" in dtypes or "q4" in dtypes              # a 4-bit cache keeps some pages in bfloat16
-    return (0.3 if eight else 0.05) if prefill else (2e-3 if eight else 1e-4)
+    if prefill and head_dim <= 128:
+        return (0.3, 0.02) if eight else (0.05, 4e-3)
+    return (2e-3, 1e-4) if eight else (1e-4, 1e-5)
 
 
 def check(machine, rng, *, head_dim, dtypes=("bf16", "bf16"), prefill=False, **settings):
-    attention.check(machine, rng, head_dim=head_dim, dtypes=dtypes, prefill=prefill, tolerance=tolerance(prefill, head_dim, *dtypes), **settings)
+    worst, rms = tolerance(prefill, head_dim, *dtypes)
+    attention.check(machine, rng, head_dim=head_dim, dtypes=dtypes, prefill=prefill, tolerance=worst, rms=rms, **settings)
 
 
 def compare(machine, rng, rows, positions, *, prefill, **settings):
-    within = tolerance(prefill, rows.cache.head_dim, *rows.cache.dtypes.values())
-    quantized.compare(machine, rng, rows, positions, prefill=prefill, tolerance=within, **settings)
+    worst, rms = tolerance(prefill, rows.cache.head_dim, *rows.cache.dtypes.values())
+    quantized.compare(machine, rng, rows, positions, prefill=prefill, tolerance=worst, rms=rms, **settings)
 
 
 # ---- linear, embed ----
@@ -186,7 +191,7 @@ def test_several_sequences(machine, rng, head_dim, prefill):
     positions = np.concatenate([np.arange(s.length - n, s.length) for s, n in zip(sequences, counts, strict=True)])
     qkv = floats(rng, len(seq), (heads + 2 * kv_heads) * head_dim)
     out = attention.attend(machine, cache, qkv, heads, positions, [s.table for s in sequences], seq=seq, prefill=prefill)
-    within = tolerance(prefill, head_dim, "f16")
+    within, _ = tolerance(prefill, head_dim, "f16")
     for row, (s, pos) in enumerate(zip(seq, positions, strict=True)):
         want = sequences[s].expected(qkv[row, : heads * head_dim].reshape(heads, head_dim), pos, 2, 0.125, 0, 0.0, None)
         np.testing.assert_allclose(out[row], want, rtol=within, atol=within)

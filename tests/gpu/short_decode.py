@@ -8,11 +8,13 @@ from opened import Opened
 from shapes import write
 
 
-def main(device: str) -> None:
-    """Across the border of a page, so that one is quantized."""
+def main(device: str, direct: bool) -> None:
+    """Across the border of a page, so that one is quantized. direct: kernels are launched one by one, never as a graph."""
     with tempfile.TemporaryDirectory() as folder:
         for weights, kv in (("bf16", "f16"), ("q8", "q8"), ("q4", "q4")):
             with Opened(write("tiny", Path(folder)), weights, 256, 128, device) as opened:
+                if direct:
+                    opened.device.captured = lambda work: work
                 track = opened.track(kv)
                 track.jump(0)
                 track.prefill(126)
@@ -21,4 +23,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    main(sys.argv[1], "direct" in sys.argv[2:])

@@ -61,6 +61,11 @@ def loaded(bits: np.ndarray, dtype: str) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def rms_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Root mean square of got - want, over that of want."""
+    return float(np.sqrt(((got.astype(np.float64) - want) ** 2).mean() / (np.asarray(want) ** 2).mean()))
+
+
 class Cache:
     """One layer of a page pool. Every byte starts as NaN."""
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .plans import GRANTED, PAGE, Cache, Machine, floats, loaded, pointer, poisoned, stored
+from .plans import GRANTED, PAGE, Cache, Machine, floats, loaded, pointer, poisoned, rms_error, stored
 
 
 class Sequence:
@@ -54,7 +54,7 @@ def attend(machine, cache, qkv, heads, positions, tables, *, seq=None, prefill=F
 
 
 def check(machine, rng, *, head_dim, group, kv_heads=2, length=300, rows=1, window=0, softcap=0.0, sinks=False, dtypes=("bf16", "bf16"),
-          prefill=False, holes=(), tolerance=2e-5):
+          prefill=False, holes=(), tolerance=2e-5, rms=None):
     heads = group * kv_heads
     pages = list(rng.permutation(length // PAGE + 4))
     cache = Cache(len(pages), kv_heads, head_dim, *dtypes)
@@ -65,9 +65,11 @@ def check(machine, rng, *, head_dim, group, kv_heads=2, length=300, rows=1, wind
     sink = floats(rng, heads) * 3 if sinks else None
     scale = float(head_dim**-0.5)
     out = attend(machine, cache, qkv, heads, positions, [sequence.table], prefill=prefill, window=window, scale=scale, softcap=softcap, sinks=sink)
-    for row, pos in enumerate(positions):
-        want = sequence.expected(qkv[row, : heads * head_dim].reshape(heads, head_dim), pos, group, scale, window, softcap, sink)
+    wanted = [sequence.expected(qkv[row, : heads * head_dim].reshape(heads, head_dim), pos, group, scale, window, softcap, sink)
+              for row, pos in enumerate(positions)]
+    for row, want in enumerate(wanted):
         np.testing.assert_allclose(out[row], want, rtol=tolerance, atol=tolerance)
+    assert rms is None or rms_error(out, np.stack(wanted)) <= rms
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256, 50, 2])

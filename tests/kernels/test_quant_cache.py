@@ -5,7 +5,7 @@ import pytest
 
 from kvrun.backends.native import DTYPES, lib
 
-from .plans import GRANTED, PAGE, Machine, floats, pointer
+from .plans import GRANTED, PAGE, Machine, floats, pointer, rms_error
 from .quant_cache import SINKS, QuantCache, Rows, attend, chunks
 
 PAIRS = [("q8", "q8"), ("q4", "q4"), ("q8", "q4"), ("q4", "q8"), ("bf16", "q4"), ("q8", "f16"), ("q4", "bf16")]
@@ -89,7 +89,7 @@ def test_not_a_number_stays_visible(machine, rng, dtypes):
             assert np.isnan(attend(machine, rows, q, [199], prefill=prefill, scale=0.1)).all()
 
 
-def compare(machine, rng, rows, positions, *, prefill, tolerance=2e-5, **settings):
+def compare(machine, rng, rows, positions, *, prefill, tolerance=2e-5, rms=None, **settings):
     d = rows.cache.head_dim
     scale = float(d**-0.5) / 4
     q = floats(rng, len(positions), rows.heads, d) * 2
@@ -97,9 +97,10 @@ def compare(machine, rng, rows, positions, *, prefill, tolerance=2e-5, **setting
         tolerance += 2**-16 * scale * np.linalg.norm(q, axis=2).max() * np.abs(rows.k).max() * d**0.5
     got = attend(machine, rows, q, positions, prefill=prefill, scale=scale, **settings)
     held = settings.pop("table", (0, None))[1]
-    for i, pos in enumerate(positions):
-        want = rows.expected(q[i], pos, scale, held=held, **settings)
+    wanted = [rows.expected(q[i], pos, scale, held=held, **settings) for i, pos in enumerate(positions)]
+    for i, (pos, want) in enumerate(zip(positions, wanted, strict=True)):
         np.testing.assert_allclose(got[i], want, rtol=tolerance, atol=tolerance * max(1, np.abs(want).max()), err_msg=f"pos {pos}")
+    assert rms is None or rms_error(got.reshape(len(wanted), -1), np.stack(wanted).reshape(len(wanted), -1)) <= rms
 
 
 def last_rows(rows, n):
