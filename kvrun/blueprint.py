@@ -69,7 +69,7 @@ class Blueprint:
             self.source = open_source(files)
             try:
                 self.refs = tensor_refs(self.spec, files.config, files.kind)
-                check_tensors(self.spec, self.refs, self.source)
+                check_tensors(self.spec, self.refs, self.source, str(files.path))
             except BaseException:
                 self.source.close()
                 raise

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvrun.errors import KvrunError
+from kvrun.errors import UsageError
 
 
-class NativeMissingError(KvrunError):
+class NativeMissingError(UsageError):
     """The native library is absent, of another version, or cannot be loaded on this machine."""
 
 
@@ -24,7 +24,8 @@ except ImportError as error:
 try:
     lib = ffi.dlopen(str(LIBRARY))
 except OSError as error:
-    raise NativeMissingError(f"cannot load {LIBRARY}: {error}; reinstall kvrun on this machine") from None
+    reason = str(error).rpartition(f"{LIBRARY}: ")[2]  # cffi and the loader name the file again, each
+    raise NativeMissingError(f"cannot load {LIBRARY}: {reason}; reinstall kvrun on this machine") from None
 
 if lib.kv_abi() != lib.KV_ABI:
     raise NativeMissingError(f"{LIBRARY} has interface {lib.kv_abi()}, this kvrun needs {lib.KV_ABI}; reinstall kvrun")

@@ -113,12 +113,15 @@ class PromptCache:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little") & 0xFFFF))
                 right = header["data"]["shape"] == [len(into)] and file.readinto(memoryview(into)) == len(into)
                 right = right and digest(into) == header["__metadata__"]["sha256"]
-            os.utime(path)  # used now
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             right = False
+        with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
+            if right:
+                os.utime(path)  # used now
+            else:
+                path.unlink()
         if not right:
-            path.unlink(missing_ok=True)
-            raise DamagedPageError(f"{path}: damaged; it was removed")
+            raise DamagedPageError(f"{path}: damaged")
 
     def keep(self) -> None:
         """Called when the prompt has been read and its answer begins: copies what that answer may overwrite."""

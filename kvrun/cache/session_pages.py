@@ -6,6 +6,7 @@ a mark, a place to which the sequence may be taken back, needs them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -83,7 +84,8 @@ def read_array(folder: Path, name: str, into: np.ndarray) -> None:
         if digest(into) + _SUFFIX != name:
             raise DamagedPageError(f"{path}: its content has changed")
     except DamagedPageError:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that cannot be written it stays
+            path.unlink()
         raise
 
 

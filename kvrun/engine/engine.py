@@ -15,7 +15,7 @@ from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stop, Token, T
 from kvrun.engine.held import GONE, Held
 from kvrun.engine.history import stretch
 from kvrun.engine.job import Job
-from kvrun.errors import ContextFullError, UsageError
+from kvrun.errors import ContextFullError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from kvrun.backends.executor import Executor
@@ -64,12 +64,15 @@ class Engine(Held):
         token's log-probability (0: neither). echo: prompt_logprobs in the Stop, for which the whole prompt is
         computed. constraint: what the answer may say. continued: the answer goes on the prompt's text, so a leading space
         belongs to it (SentencePiece).
-        Ends a generation that is still open. Raises ContextFullError and UsageError at once, NumericError
+        Ends a generation that is still open. Raises ContextFullError, ModelError and UsageError at once, NumericError
         while generating.
         """
         ids = list(ids)
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
+        if max(ids) >= self.spec.vocab_size:
+            raise ModelError(f"the tokenizer makes token {max(ids)} of this text, and the model has {self.spec.vocab_size}: "
+                             "they do not belong together; fetch the model again")
         if len(ids) > self.n_ctx and not self.sequence.evicts:
             raise ContextFullError(f"the prompt has {len(ids)} tokens and the context holds {self.n_ctx}; "
                                    "shorten the prompt or use a larger --n-ctx")

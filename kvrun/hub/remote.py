@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gaierror
 
 from kvrun.errors import AccessError, KvrunError, ModelError, NotFoundError, StorageError
 from kvrun.hub.cache import discard, hub_cache, is_whole, repo_folder, snapshot_folder, weight_files
@@ -116,6 +117,7 @@ def _a_gguf(names: set[str]) -> str | None:
 def _download(hub, repo: str, revision: str, listing: _Listing, names: list[str], progress: Progress | None,
               check: bool) -> None:
     """Has `names` in the snapshot, each checked if it was fetched now (or `check`)."""
+    from kvrun.hub.blobs import fetch_blob, is_large
     from kvrun.hub.verify import checksum_ok
 
     blobs = repo_folder(repo) / "blobs"
@@ -134,6 +136,9 @@ def _download(hub, repo: str, revision: str, listing: _Listing, names: list[str]
     sums = [listing.files[n][1] for n in fresh]
     label = f"fetching {repo}"
     with watching(lambda: _arrived(blobs, sums), label, total, progress if fresh else None):
+        large = [name for name in fresh if is_large(*listing.files[name])]
+        for name in large:
+            fetch_blob(hub, repo, listing.commit, name, *listing.files[name])
         # the names are literal, but the client takes patterns
         hub.snapshot_download(repo, revision=revision, allow_patterns=[_literal(n) for n in names] or ["config.json"])
     if progress and fresh:
@@ -142,6 +147,8 @@ def _download(hub, repo: str, revision: str, listing: _Listing, names: list[str]
         here = snapshot / name
         if not here.is_file():
             raise NotFoundError(f"{repo}@{revision}: {name} did not arrive; try again")
+        if name in large and here.resolve().name == listing.files[name][1]:
+            continue  # checked before it got that name
         if not checksum_ok(here, listing.files[name][1], progress):
             discard(here)
             raise ModelError(f"{repo}: {name} arrived damaged (its checksum is wrong) and was removed; "
@@ -166,7 +173,7 @@ def _client(repo: str, revision: str) -> Iterator:
 
     disable_progress_bars()
     logging.set_verbosity_error()
-    url = f"{constants.ENDPOINT}/{repo}"
+    url = re.sub(r"://[^/\s@]+@", "://", f"{constants.ENDPOINT}/{repo}")  # an endpoint may carry a password
     try:
         yield hub
     except KvrunError:
@@ -194,7 +201,8 @@ def _mapped(e: Exception, repo: str, revision: str, url: str) -> KvrunError | No
             if status in (401, 403):
                 return AccessError(f"{repo}: the Hub refused access ({status}) to {url}; "
                                    "check the token (hf auth login, or HF_TOKEN) and that the licence is accepted")
-            return NotFoundError(f"{repo}: the Hub answered {status} for {url}")
+            later = "; try again later, what has arrived is kept" if status == 429 or (status or 0) >= 500 else ""
+            return NotFoundError(f"{repo}: the Hub answered {status} for {url}{later}")
         if isinstance(cause, errors.HFValidationError):
             return NotFoundError(f"{repo}: not a repository name")
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, (ConnectionError, TimeoutError)) \
@@ -204,8 +212,10 @@ def _mapped(e: Exception, repo: str, revision: str, url: str) -> KvrunError | No
         return StorageError(f"{hub_cache()}: no space left on the disk for {repo}")
     if isinstance(e, (OSError, errors.EntryNotFoundError)) or type(e).__module__.partition(".")[0].startswith(
             ("httpx", "httpcore", "requests", "urllib3")):
-        return NotFoundError(f"{repo}: the Hub cannot be reached at {os.path.dirname(os.path.dirname(url))} "
-                             f"({type(_causes(e)[-1]).__name__}); --offline uses only what is on this machine")
+        endpoint, kind = os.path.dirname(os.path.dirname(url)), type(_causes(e)[-1]).__name__
+        if any("Connect" in type(cause).__name__ or isinstance(cause, (ConnectionError, gaierror)) for cause in _causes(e)):
+            return NotFoundError(f"{repo}: the Hub cannot be reached at {endpoint} ({kind}); --offline uses only what is on this machine")
+        return NotFoundError(f"{repo}: the download from {endpoint} broke off ({kind}); try again, what has arrived is kept")
     return None
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +43,11 @@ class _Folder:
         except OSError as e:
             raise self.broken(name, f"cannot be read: {e.strerror}") from None
 
-    def guarded(self, call: Callable, starting: bool = False):
+    def guarded(self, call: Callable):
         """The result of a call of the tokenizers library. What it raises, a panic of its Rust side included, becomes a
-        ModelError.
-
-        starting: Rust's own account of a panic is kept off standard error as well.
-        """
+        ModelError, and Rust's own account of a panic is kept off standard error."""
         try:
-            with _held_stderr() if starting else nullcontext():
+            with _held_stderr():
                 return call()
         except Exception as e:
             raise self._unusable(e) from None
@@ -84,7 +81,7 @@ def from_folder(path: Path, repair: str = "fetch it again") -> Tokenizer:
         raise folder.broken(path.name, f"the tokenizer cannot be used: {why}")
     config, older = folder.json("tokenizer_config.json"), folder.json("special_tokens_map.json")
     from tokenizers import Tokenizer as Library
-    library = folder.guarded(lambda: Library.from_buffer(data), starting=True)
+    library = folder.guarded(lambda: Library.from_buffer(data))
     library.no_truncation()
     library.no_padding()
     names = {name: content for name in _NAMES if (content := _content(config.get(name, older.get(name)))) is not None}
@@ -169,7 +166,7 @@ def _prefix(library, folder: _Folder) -> tuple[int, ...]:
         library.decode(whole)
         at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)
         return tuple(whole[:at])
-    return folder.guarded(probe, starting=True)
+    return folder.guarded(probe)
 
 
 def _decoding(library, folder: _Folder) -> Decoding:
@@ -230,7 +227,7 @@ def _held_stderr():
     except OSError:                     # no standard error
         yield
         return
-    with tempfile.TemporaryFile() as held:
+    with open(os.memfd_create("stderr"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         panicked = False
         try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvrun.errors import ModelError
+from kvrun.text.bounds import reserve
 from kvrun.text.detokenizer import BYTE, SPACE, Detokenizer, to_bytes
 from kvrun.text.tokenizer import open_tokenizer
 
@@ -36,6 +37,7 @@ class Text:
         bos: put before it what the tokenizer puts before a prompt (a BOS, or nothing), once: not if the text, read with
         `special`, already begins with it. Lone surrogates count as U+FFFD.
         """
+        reserve(text)
         ids = self._tokenizer.encoder.encode(_clean(text), special)
         return self._with_prefix(ids) if bos else ids
 
@@ -89,6 +91,7 @@ class Text:
         messages, tools, documents = guard.hide(messages, tools, documents)
         rendered = _clean(self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools,
                                       documents=documents, **kwargs))
+        reserve(rendered)
         encoder = self._tokenizer.encoder
         if guard.hidden:
             ids = encoder.encode_marked(*guard.split(rendered))

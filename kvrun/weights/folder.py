@@ -1,7 +1,7 @@
 """Tensors of a folder with safetensors files, one or several with an index.
 
 Format: https://github.com/huggingface/safetensors#format. The safetensors library validates the header (size, holes,
-overlaps, end of file); the data is then read with pread at the header's offsets, never through a mapping.
+overlaps, end of file); the data is then read with pread at the header's offsets. The file itself is never mapped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -141,17 +143,39 @@ class FolderSource:
         (length,) = struct.unpack_from("<Q", head)
         if length > min(_MAX_HEADER, size - 8):
             raise ModelError(f"{path}: damaged or cut short: a header of {length} bytes in a file of {size}; {self.repair}")
-        self._validate(path)
-        header = json.loads(read_bytes(fd, length, 8, path, self.repair))
+        text = read_bytes(fd, 8 + length, 0, path, self.repair)
+        self._validate(text, size, path)
+        header = json.loads(text[8:])
         header.pop("__metadata__", None)
         return {name: _Entry(fd, path, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0])
                 for name, t in header.items()}
 
-    def _validate(self, path: Path) -> None:
+    def _validate(self, text: bytes, size: int, path: Path) -> None:
+        """ModelError unless `text`, the length and the header of a file of `size` bytes, is what the format allows."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="np"):
+            with _stand_in(text, size, path) as name, safe_open(name, framework="np"):
                 pass
         except (SafetensorError, OSError, ValueError) as e:
             raise ModelError(f"{path}: damaged or cut short ({' '.join(str(e).split())}); {self.repair}") from None
+
+
+@contextmanager
+def _stand_in(text: bytes, size: int, path: Path) -> Iterator[str]:
+    """The name of a file that begins with `text`, is `size` bytes long and that nobody else can change: the library maps what it opens,
+    and a mapped file that somebody cuts short ends the process with SIGBUS. The rest of it is a hole and takes no memory."""
+    if not hasattr(os, "memfd_create"):
+        yield str(path)
+        return
+    fd = os.memfd_create("safetensors-header", os.MFD_CLOEXEC)
+    try:
+        try:
+            os.ftruncate(fd, size)
+        except OSError:  # under a limit on the size of files there is only the file itself
+            yield str(path)
+            return
+        os.pwrite(fd, text, 0)
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)

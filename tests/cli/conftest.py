@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 
 from ..engine.tiny_model import random_model, scripted_model
+from .terminal import Screen
 
 KVRUN = [sys.executable, "-m", "kvrun"]
 LINES = [b"line %d\n" % i for i in range(100, 200)]
@@ -39,9 +42,11 @@ def environment(home):
 
 @pytest.fixture
 def kvrun(environment):
-    """kvrun(*args, input=b"...", env={}) -> CompletedProcess with bytes. Without input, standard input is empty."""
-    def run(*args, input: bytes = b"", env: dict | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run([*KVRUN, *map(str, args)], input=input, capture_output=True, env=environment | (env or {}),
+    """kvrun(*args, input=b"...", env={}, memory=None) -> CompletedProcess with bytes. Without input, standard input is empty. memory: the
+    most bytes of address space."""
+    def run(*args, input: bytes = b"", env: dict | None = None, memory: int | None = None) -> subprocess.CompletedProcess:
+        limit = ["bash", "-c", f'ulimit -v {memory >> 10}; exec "$@"', "-"] if memory else []
+        return subprocess.run([*limit, *KVRUN, *map(str, args)], input=input, capture_output=True, env=environment | (env or {}),
                               timeout=120)
     return run
 
@@ -74,3 +79,50 @@ def random_folder(tmp_path_factory):
 def without_template(tmp_path_factory):
     """Random weights without a chat template."""
     return random_model(tmp_path_factory.mktemp("base"), 5, template=None)
+
+
+@pytest.fixture
+def terminal(environment):
+    """terminal(*args, env={}) -> Screen"""
+    opened = []
+
+    def open_(*args, env=None, **size) -> Screen:
+        opened.append(Screen([*KVRUN, *map(str, args)], environment | (env or {}), **size))
+        return opened[-1]
+
+    yield open_
+    for screen in opened:
+        screen.process.close(force=True)
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A state folder of this test alone, as an environment."""
+    return {"XDG_STATE_HOME": str(tmp_path / "state")}
+
+
+@pytest.fixture
+def chat(environment, state):
+    """chat(folder, *args) -> Screen at its prompt"""
+    opened = []
+
+    def open_(folder, *args, env=None, **size) -> Screen:
+        screen = Screen([*KVRUN, "chat", str(folder), *map(str, args)], environment | state | (env or {}), **({"columns": 110, "rows": 40} | size))
+        opened.append(screen)
+        screen.wait_prompt()
+        return screen
+
+    yield open_
+    for screen in opened:
+        screen.process.close(force=True)
+
+
+def last_document(state) -> dict:
+    """The document of the session that was saved last."""
+    folder = max((p for p in os.scandir(state["XDG_STATE_HOME"] + "/kvrun/sessions")), key=lambda p: p.stat().st_mtime_ns)
+    return json.loads(open(folder.path + "/session.json").read())["session"]
+
+
+def dropped_on_stderr(err: bytes) -> int:
+    """Tokens that the notices say were dropped from a full context."""
+    return sum(int(n) for n in re.findall(rb"kvrun: context full: dropped (\d+) tokens, positions \d+-\d+", err))

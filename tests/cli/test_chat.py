@@ -1,48 +1,17 @@
 """A chat that people keep open: its commands, its sessions and its screen, on a real pseudo-terminal."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 
-import pytest
-
-from ..engine.tiny_model import random_model, scripted_model
-from .conftest import HOSTILE, KVRUN
+from ..engine.tiny_model import scripted_model
+from .conftest import HOSTILE, KVRUN, last_document
 from .terminal import Screen
-
-
-@pytest.fixture
-def state(tmp_path):
-    """A state folder of this test alone, as an environment."""
-    return {"XDG_STATE_HOME": str(tmp_path / "state")}
-
-
-@pytest.fixture
-def chat(environment, state):
-    """chat(folder, *args) -> Screen at its prompt"""
-    opened = []
-
-    def open_(folder, *args, env=None, **size) -> Screen:
-        screen = Screen([*KVRUN, "chat", str(folder), *map(str, args)], environment | state | (env or {}), **({"columns": 110, "rows": 40} | size))
-        opened.append(screen)
-        screen.wait_prompt()
-        return screen
-
-    yield open_
-    for screen in opened:
-        screen.process.close(force=True)
 
 
 def leave(screen):
     screen.send("/exit\r")
     assert screen.end() == 0
-
-
-def last_document(state):
-    folder = max((p for p in os.scandir(state["XDG_STATE_HOME"] + "/kvrun/sessions")), key=lambda p: p.stat().st_mtime_ns)
-    return json.loads(open(folder.path + "/session.json").read())["session"]
 
 
 def test_edit_and_regen(chat, scripted, state):
@@ -134,20 +103,6 @@ def test_a_second_process_is_refused_a_session(chat, environment, state, scripte
     assert other.returncode == 2 and b"open in another process" in other.stderr and other.stderr.count(b"\n") == 1
 
 
-def test_another_format_or_a_damaged_session_is_said(environment, state, scripted):
-    def run(*args, input=b"x\n"):
-        return subprocess.run([*KVRUN, "chat", *map(str, args)], input=input, capture_output=True, env=environment | state, timeout=60)
-
-    run(scripted, "--session", "s")
-    other = run("--session", "s", "--kv", "q8")
-    assert other.returncode == 0 and b"another cache format (f16)" in other.stderr
-    document = f"{state['XDG_STATE_HOME']}/kvrun/sessions/s/session.json"
-    with open(document, "r+b") as file:
-        file.truncate(100)
-    damaged = run(scripted, "--session", "s")
-    assert damaged.returncode == 0 and b"put aside as" in damaged.stderr and damaged.stdout == "Größe,\nWelt\n".encode()
-
-
 def test_the_size_limit_is_kept_aloud(environment, state, scripted):
     def run(*args):
         return subprocess.run([*KVRUN, *map(str, args)], input=b"x\n", capture_output=True, env=environment | state, timeout=60)
@@ -159,31 +114,6 @@ def test_the_size_limit_is_kept_aloud(environment, state, scripted):
     assert [line.endswith("text only") for line in listed] == [False, True] and all(" 1 turn " in line for line in listed)
     again = run("chat", scripted, "--session", "old")
     assert again.returncode == 0 and b"is no longer on disk: its conversation is read again" in again.stderr
-
-
-def test_sigterm_in_an_answer_saves_what_was_said(environment, state, endless):
-    screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000"], environment | state)
-    screen.wait_prompt()
-    screen.send("go\r")
-    screen.wait_for("line 120")
-    os.kill(screen.process.pid, signal.SIGTERM)
-    assert screen.end() == 143
-    turn = last_document(state)["turns"][0]
-    assert turn["user"] == "go" and turn["assistant"].startswith("line 100\nline 101\n") and len(turn["said"]) > 20
-
-
-def test_killed_in_an_answer_the_turns_before_it_are_there(environment, state, endless):
-    screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000", "--max-tokens", "5"], environment | state)
-    screen.wait_prompt()
-    screen.ask("go", "line 104")
-    screen.ask("/set max-tokens none", "max-tokens      none")
-    screen.send("on\r")
-    screen.wait_for("line 130")
-    os.kill(screen.process.pid, signal.SIGKILL)
-    screen.end()
-    result = subprocess.run([*KVRUN, "chat", "-c", "--max-tokens", "2"], input=b"again\n", capture_output=True, env=environment | state, timeout=60)
-    assert result.returncode == 0 and b"1 turn," in result.stderr
-    assert [turn["user"] for turn in last_document(state)["turns"]] == ["go", "again"]
 
 
 def test_reasoning_is_shown_apart_or_hidden(chat, environment, state, tmp_path):
@@ -280,37 +210,6 @@ def _lines(screen, begin: str) -> list[str]:
     """From the last line that begins so on."""
     lines = _text(screen).split("\n")
     return lines[max(i for i, line in enumerate(lines) if line.startswith(begin)) :]
-
-
-def test_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
-    screen = chat(random_model(tmp_path / "m", 9, layers=6), "-n", "60000", "--device", "reference", "--max-tokens", "3")
-    screen.send("\x1b[200~" + "long " * 9000 + "\x1b[201~")
-    screen.wait_for("long long")
-    screen.send("\r")
-    screen.wait_for("reading: ")
-    screen.send("\x03\x03\x03")  # an impatient second one does not end the chat
-    screen.wait_for("the message was taken back; Up brings it here")
-    assert screen.wait_prompt().split("\n")[-1].startswith("ctx 0/60000 ") and "reading" not in screen.display
-    shown = screen.display
-    screen.send("\x1b[A")
-    screen.wait(lambda display: display != shown and display.split("\n")[-2].endswith("long"))
-    screen.send("\x03")
-    screen.wait_prompt()
-    screen.ask("/context", "0 turns, 0 tokens read and said")
-    screen.ask("short", "tok/s")
-
-
-def test_a_full_disk_is_said_once_and_what_was_saved_is_whole(environment, state, random_folder):
-    """A limit on the size of files stands for the disk: pages do not fit, the conversation does."""
-    first = subprocess.run([*KVRUN, "chat", str(random_folder), "--session", "s", "--max-tokens", "3"], input=b"one\n", capture_output=True,
-                           env=environment | state, timeout=60)
-    assert first.returncode == 0
-    command = "ulimit -f 40; exec " + " ".join([*KVRUN, "chat", "-c", "--max-tokens", "3"])
-    full = subprocess.run(["bash", "-c", command], input=b"two\nthree\n", capture_output=True, env=environment | state, timeout=60)
-    assert full.returncode == 9 and full.stderr.count(b"cannot be saved") == 1 and b"File too large" in full.stderr
-    assert [turn["user"] for turn in last_document(state)["turns"]] == ["one", "two", "three"]
-    again = subprocess.run([*KVRUN, "chat", "-c", "--max-tokens", "3"], input=b"four\n", capture_output=True, env=environment | state, timeout=60)
-    assert again.returncode == 0 and b"read again" in again.stderr
 
 
 def test_a_chat_that_is_not_saved_leaves_nothing(environment, state, scripted, tmp_path):

@@ -119,16 +119,6 @@ def test_an_answer_that_is_cut_before_it_is_whole_is_an_error(kvrun, scripted, t
     assert (whole.returncode, whole.stdout, whole.stderr) == (0, b"aaaaa\n", b"")
 
 
-@pytest.mark.parametrize(("schema", "named"), [
-    ("{", "not JSON"), ("[]", "a schema is an object"), ('{"type": "objekt"}', "objekt"), ('{"not": {"type": "string"}}', "not"),
-    ('{"type": "array", "uniqueItems": true}', "uniqueItems"), ('{"$ref": "http://a.b/c"}', "c"),
-])
-def test_what_is_not_supported_is_named(kvrun, scripted, tmp_path, schema, named):
-    (tmp_path / "s.json").write_text(schema)
-    result = kvrun("run", scripted, "x", "--schema", tmp_path / "s.json")
-    assert result.returncode == 2 and named in result.stderr.decode() and result.stderr.count(b"\n") == 1 and result.stdout == b""
-
-
 @pytest.mark.parametrize("pattern", ["(", "a(?=b)", "a\\b"])
 def test_a_pattern_that_is_none(smol, pattern):
     with pytest.raises(UsageError, match="--regex"):

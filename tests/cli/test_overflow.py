@@ -6,48 +6,14 @@ import re
 import pytest
 
 from ..engine.tiny_model import random_model, scripted_model
-from .conftest import LINES
+from .conftest import LINES, dropped_on_stderr
 
 PAGE = 128
-
-
-def dropped_on_stderr(err: bytes) -> int:
-    return sum(int(n) for n in re.findall(rb"kvrun: context full: dropped (\d+) tokens, positions \d+-\d+", err))
-
-
-@pytest.mark.parametrize("policy", [[], ["--evict", "strided"]])
-def test_an_answer_goes_on_and_what_is_dropped_is_said(kvrun, endless, policy):
-    args = ("run", endless, "go", "-n", "768", "--overflow", "evict", *policy, "--max-tokens", "1200")
-    result = kvrun(*args, "--stats")
-    assert result.returncode == 0 and result.stdout == b"".join((LINES * 20)[:1200])
-    *notices, stats = result.stderr.splitlines()
-    dropped = dropped_on_stderr(result.stderr)
-    assert dropped == PAGE * len(notices) and f" · dropped {dropped} tok · ".encode() in stats
-    held = int(re.search(rb"ctx (\d+)/768", stats)[1])
-    said = json.loads(kvrun(*args, "--json").stdout)
-    assert said["evicted_tokens"] == dropped == sum(e["tokens"] for e in said["evictions"])
-    # all but the last drawn token were read or said, and are held or were dropped
-    assert held + dropped == said["usage"]["total_tokens"] - 1
-    for eviction in said["evictions"]:
-        assert eviction["reason"] == "n_ctx" and eviction["tokens"] == sum(b - a for a, b in eviction["positions"])
-        assert all(a >= PAGE for a, _ in eviction["positions"]), "the first page stays"
-    assert said["reread_tokens"] == 0 and said["finish_reason"] == "length"
-    quiet = kvrun(*args, "-q")
-    assert quiet.stderr == b"" and quiet.stdout == result.stdout
 
 
 def test_json_of_an_answer_that_fits(kvrun, scripted):
     said = json.loads(kvrun("run", scripted, "x", "--json", "-n", "512", "--overflow", "evict").stdout)
     assert (said["evicted_tokens"], said["evictions"], said["reread_tokens"]) == (0, [], 0)
-
-
-def test_a_prompt_longer_than_the_context(kvrun, scripted):
-    text = "word " * 300
-    refused = kvrun("run", scripted, text, "-n", "512")
-    assert refused.returncode == 7 and re.search(rb"\d{4} tokens .* 512", refused.stderr) and refused.stderr.count(b"\n") == 1
-    said = json.loads(kvrun("run", scripted, text, "-n", "512", "--overflow", "evict", "--json").stdout)
-    assert said["finish_reason"] == "eos" and said["usage"]["prompt_tokens"] > 1500
-    assert said["usage"]["prompt_tokens"] + 4 - said["evicted_tokens"] <= 512
 
 
 def test_keep(kvrun, endless):

@@ -92,18 +92,6 @@ def test_options_that_do_not_go_together(kvrun, scripted, tmp_path):
         assert result.returncode == 2 and result.stderr.count(b"\n") == 1 and result.stdout == b""
 
 
-@pytest.mark.parametrize("kv", ["f16", "q4"])
-def test_a_second_run_reads_nothing_again(cached, tmp_path, kv):
-    folder = random_model(tmp_path / "m", 8, window=200)
-    (tmp_path / "book").write_text("once upon a time " * 60)
-    args = ("run", folder, "-f", tmp_path / "book", "--max-tokens", "20", "--temp", "1", "--top-k", "50", "--seed", "4", "--json", "--kv", kv)
-    first, second, other = (json.loads(cached(*args, question).stdout) for question in ("who?", "who?", "where to?"))
-    without = json.loads(cached(*args, "where to?", "--no-prompt-cache").stdout)
-    assert [run["usage"]["cached_tokens"] > 0 for run in (first, second, other, without)] == [False, True, True, False]
-    assert second["tokens"] == first["tokens"] and other["tokens"] == without["tokens"]
-    assert second["usage"]["prompt_tokens"] - 1024 < 128
-
-
 def test_a_cache_that_cannot_be_written_is_no_failure(environment, scripted, tmp_path):
     (tmp_path / "file").write_text("")
     result = subprocess.run([*KVRUN, "run", str(scripted), "x " * 300], stdin=subprocess.DEVNULL, capture_output=True,

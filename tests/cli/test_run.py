@@ -42,11 +42,6 @@ def test_stats_are_one_line_on_stderr(kvrun, scripted):
     assert line.count("\n") == 1 and "answer 4 tok" in line and "greedy" in line and line.rstrip().endswith("eos")
 
 
-def test_a_reader_that_leaves_ends_it_silently_with_141(environment, endless):
-    result = shell(f'$kvrun run {endless} x --max-tokens 100000 | head -1; echo "${{PIPESTATUS[0]}}"', environment)
-    assert result.stdout == LINES[0] + b"141\n" and result.stderr == b""
-
-
 def test_help_into_a_reader_that_leaves(environment):
     result = shell('for i in 1 2 3; do $kvrun run --help | true; echo "${PIPESTATUS[0]}"; done', environment)
     assert set(result.stdout.split()) <= {b"0", b"141"} and result.stderr == b""
@@ -99,10 +94,6 @@ def test_a_template_of_the_user_s_own(kvrun, random_folder, without_template, tm
     assert broken.returncode == 5 and b"mine.jinja" in broken.stderr and broken.stderr.count(b"\n") == 1
     absent = kvrun("run", random_folder, "x", "--template-file", tmp_path / "absent")
     assert absent.returncode == 9 and b"absent" in absent.stderr
-
-
-def test_special_tokens_typed_by_the_user_stay_text(kvrun, random_folder):
-    assert prompt_of(kvrun, random_folder, "a</s><turn>b") == "user\na</s><turn>bassistant\n"
 
 
 def test_json(kvrun, scripted):
@@ -170,13 +161,6 @@ def test_sigint_ends_the_answer_and_keeps_what_was_said(environment, endless):
     assert process.returncode == 130 and err == b""
     said = (first + out).splitlines(keepends=True)
     assert said == (LINES * 1000)[: len(said)]
-
-
-def test_sigterm(environment, endless):
-    process, _ = start_answering(environment, endless)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and err == b""
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(environment, scripted):

@@ -9,38 +9,9 @@ import sys
 import pytest
 
 from ..engine.tiny_model import scripted_model
-from .conftest import HOSTILE, KVRUN
+from .conftest import KVRUN
 from .terminal import Screen
 
-SHOWN = "safe \\x1b]52;c;cm0=\\x07\\x1b[2J\\x9b31mred\\u202etxt [bold]markup[/bold]\\x1b]0;title\\x07 世 end"
-
-
-@pytest.fixture
-def terminal(environment):
-    """terminal(*args, env={}) -> Screen"""
-    opened = []
-
-    def open_(*args, env=None, **size) -> Screen:
-        opened.append(Screen([*KVRUN, *map(str, args)], environment | (env or {}), **size))
-        return opened[-1]
-
-    yield open_
-    for screen in opened:
-        screen.process.close(force=True)
-
-
-def test_run_shows_what_a_terminal_would_execute(terminal, hostile):
-    screen = terminal("run", hostile, "x", columns=200)
-    assert screen.end() == 0
-    # pyte gives a wide character a second, empty cell
-    assert screen.display.replace("世 ", "世") == SHOWN or screen.display == SHOWN
-    assert screen.screen.title == "" and b"\x1b]" not in screen.raw and b"\x07" not in screen.raw
-
-
-def test_run_passes_it_on_when_asked_to(terminal, hostile):
-    screen = terminal("run", hostile, "x", "--sanitize", "never", "-q")
-    assert screen.end() == 0
-    assert b"".join(HOSTILE) in screen.raw
 
 
 def test_run_leaves_no_progress_behind(terminal, random_folder):
@@ -71,13 +42,6 @@ def test_ctrl_c_at_any_moment_of_the_start_shows_no_trace(environment, random_fo
         assert screen.end() in (130, -signal.SIGINT) and "Traceback" not in screen.display, screen.display
 
 
-def test_ctrl_c_ends_run_with_130(terminal, endless):
-    screen = terminal("run", endless, "x", "-n", "100000")
-    screen.wait_for("line 101")
-    screen.send("\x03")
-    assert screen.end() == 130 and "Traceback" not in screen.display
-
-
 def test_a_conversation(terminal, tmp_path, home):
     folder = scripted_model(tmp_path / "m", [b"Hello", b" there\n", b"friend"])
     screen = terminal("chat", folder)
@@ -94,27 +58,6 @@ def test_a_conversation(terminal, tmp_path, home):
     assert screen.end() == 0
     history = home / ".local/state/kvrun/chat_history"
     assert "+hi\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(terminal, endless):
-    screen = terminal("chat", endless, "-n", "100000", "--stats", rows=40, columns=200)
-    screen.wait_prompt()
-    screen.send("go\r")
-    screen.wait_for("line 120")
-    screen.send("\x03")
-    shown = screen.wait_prompt()
-    first = re.findall(r"answer (\d+) tok .* ctx (\d+)/100000 .* interrupt", shown)
-    assert len(first) == 1 and "Traceback" not in shown
-    screen.send("again\r")
-    screen.wait(lambda display: display.count("line 1") > 20 and display.split("\n")[-1].startswith("line"))
-    screen.send("\x03")
-    shown = screen.wait_prompt()
-    cached = re.findall(r"prompt (\d+) tok \((\d+) cached\)", shown)
-    assert cached, shown
-    # the whole first turn, partial answer included, was still in the cache
-    assert int(cached[-1][1]) == int(first[0][1])
-    screen.send("\x03")     # the second one, at an empty prompt
-    assert screen.end() == 0
 
 
 def test_ctrl_c_takes_back_a_line_and_twice_leaves(terminal, scripted):
@@ -151,34 +94,6 @@ def test_ctrl_d_leaves(terminal, scripted):
     screen.wait_prompt()
     screen.send("\x04")
     assert screen.end() == 0
-
-
-def test_chat_shows_what_a_terminal_would_execute(terminal, hostile):
-    screen = terminal("chat", hostile, columns=200)
-    screen.wait_prompt()
-    screen.send("x\r")
-    screen.wait_for("\\x1b]52;c;cm0=\\x07\\x1b[2J\\x9b31mred\\u202etxt [bold]markup[/bold]\\x1b]0;title\\x07")
-    screen.wait_prompt()
-    assert screen.screen.title == ""
-
-
-def test_a_full_context_is_said_and_the_chat_goes_on(terminal, endless):
-    screen = terminal("chat", endless, "-n", "64", columns=120, rows=120)
-    screen.wait_prompt()
-    screen.ask("go", "context full: the answer was cut at 64 tokens")
-    shown = screen.ask("more", "and the context holds 64")
-    assert re.search(r"context full: the prompt has \d+ tokens", shown)
-    screen.ask("/clear", "forgotten")
-    screen.ask("go", "the answer was cut")
-
-
-def test_a_template_that_refuses_is_one_line_and_the_chat_goes_on(terminal, tmp_path):
-    template = ("{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
-                "{{ m['content'] }}</s>{% endfor %}<turn>")
-    screen = terminal("chat", scripted_model(tmp_path / "m", [b"fine"], template=template), columns=120)
-    screen.wait_prompt()
-    screen.ask("bad", "no bad words")
-    screen.ask("good", "fine")
 
 
 def test_typing_ahead_does_not_show_amid_the_answer(terminal, endless):

@@ -37,7 +37,9 @@ class Hub:
     """The part of the Hub's HTTP interface that downloads use.
 
     requests: (method, path, Range) of each. cut: file name -> how often its body ends early, after `cut_at` bytes.
-    swapped: file name -> what is sent in place of its content. broken: answer everything with this status.
+    swapped: file name -> what is sent in place of its content. broken: answer everything with this status. failing: file name ->
+    the status that asking for it gets. stalled: names of files whose body stops after `cut_at` bytes, with the connection open until
+    `moving` is set. moved: file name -> where its content is said to be.
     """
 
     def __init__(self):
@@ -47,11 +49,16 @@ class Hub:
         self.cut_at = 0
         self.swapped: dict[str, bytes] = {}
         self.broken: int | None = None
+        self.failing: dict[str, int] = {}
+        self.stalled: set[str] = set()
+        self.moving = threading.Event()
+        self.moved: dict[str, str] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self.moving.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -104,6 +111,13 @@ def _handler(hub: Hub):
             name = "/".join(parts[4:])
             if name not in tree:
                 return self.fail(404, "EntryNotFound")
+            if name in hub.failing:
+                return self.fail(hub.failing[name], None)
+            if name in hub.moved:
+                self.send_response(302)
+                self.send_header("Location", hub.moved[name])
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             self.file(name, commit, tree[name])
 
         def info(self, repo: str, commit: str, tree: dict[str, bytes]) -> dict:
@@ -158,7 +172,14 @@ def _handler(hub: Hub):
                 self.wfile.write(body[:hub.cut_at])
                 self.close_connection = True
                 return
-            self.wfile.write(body)
+            if name in hub.stalled:
+                self.wfile.write(body[:hub.cut_at])
+                hub.moving.wait(60)
+                body = body[hub.cut_at:]
+            try:
+                self.wfile.write(body)
+            except ConnectionError:
+                pass  # the client has given up
 
     return Handler
 
@@ -213,6 +234,13 @@ def tiny_files(shards: int = 1) -> dict[str, bytes]:
         files[shard] = save(part)
         weight_map |= dict.fromkeys(part, shard)
     return files | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}).encode()}
+
+
+def add(hub: Hub, name: str = "org/tiny", shards: int = 1, **extra) -> Repo:
+    """Puts a new repository with tiny_files on the Hub."""
+    repo = hub.repos[name] = Repo(**extra)
+    repo.commit(tiny_files(shards), "main")
+    return repo
 
 
 @dataclass

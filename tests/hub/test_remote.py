@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-
-from .conftest import RESOLVE, Repo, keep_packed, tiny_files
+from .conftest import RESOLVE, Repo, add, keep_packed, tiny_files
 
 NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"}
-
-
-def add(hub, name: str = "org/tiny", shards: int = 1, **extra) -> Repo:
-    repo = hub.repos[name] = Repo(**extra)
-    repo.commit(tiny_files(shards), "main")
-    return repo
 
 
 def test_fetches_what_a_model_needs_and_nothing_else(hub, machine):
@@ -64,87 +55,6 @@ def test_no_such_repository(hub, machine):
     assert lost.returncode == 3 and "org/nothing" in lost.stderr and lost.stderr.count("\n") == 1
 
 
-def test_gated_says_where_to_accept_and_never_the_token(hub, machine):
-    repo = add(hub, gated=True, token="hf_right0123456789")
-    for env in ({}, {"HF_TOKEN": "hf_wrong9876543210"}):
-        refused = machine.python(RESOLVE, "org/tiny", **env)
-        assert refused.returncode == 4, refused.stderr
-        assert f"{hub.url}/org/tiny" in refused.stderr and refused.stderr.count("\n") == 1
-        assert "9876543210" not in refused.stderr + refused.stdout
-    assert machine.python(RESOLVE, "org/tiny", HF_TOKEN=repo.token).returncode == 0
-
-
-def test_refusals_and_breakdowns_of_the_hub(hub, machine):
-    add(hub)
-    for status, code in ((403, 4), (500, 3)):
-        hub.broken = status
-        got = machine.python(RESOLVE, "org/tiny")
-        assert got.returncode == code and str(status) in got.stderr, got.stderr
-    hub.close()
-    gone = machine.python(RESOLVE, "org/tiny")
-    assert gone.returncode == 3 and "cannot be reached" in gone.stderr and gone.stderr.count("\n") == 1
-
-
-def test_a_dropped_connection_goes_on_where_it_stopped(hub, machine):
-    repo = hub.repos["org/big"] = Repo()
-    files = tiny_files()
-    from safetensors.numpy import save
-
-    files["model.safetensors"] = save({"a": np.random.default_rng().standard_normal(6 << 20, np.float32)})
-    repo.commit(files, "main")
-    hub.cut, hub.cut_at = {"model.safetensors": 1}, 15 << 20
-    got = machine.kvrun("pull", "org/big")
-    assert got.returncode == 0, got.stderr
-    ranges = [r for m, p, r in hub.requests if m == "GET" and p.endswith("model.safetensors")]
-    assert len(ranges) == 2 and int(ranges[1].removeprefix("bytes=").rstrip("-")) >= 10 << 20
-
-
-def test_an_interrupted_pull_keeps_what_arrived(hub, machine):
-    add(hub, shards=2)
-    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    hub.swapped[second] = b"too short"
-    broken = machine.kvrun("pull", "org/tiny")
-    assert broken.returncode in (3, 5), broken.stderr
-    assert machine.python(RESOLVE, "org/tiny", '{"offline": true}').returncode == 3
-    hub.swapped.clear()
-    hub.requests.clear()
-    got = machine.kvrun("pull", "org/tiny")
-    assert got.returncode == 0, got.stderr
-    assert second in hub.fetched() and first not in hub.fetched()
-    assert machine.kvrun("verify", "org/tiny").returncode == 0
-
-
-def test_two_pulls_at_once(hub, machine):
-    add(hub, shards=2)
-    both = [machine.start(RESOLVE, "org/tiny") for _ in range(2)]
-    outs = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], outs
-    assert machine.kvrun("verify", "org/tiny").returncode == 0
-
-
-def test_right_size_wrong_bytes(hub, machine):
-    repo = add(hub)
-    content = repo.trees[repo.revisions["main"]]["model.safetensors"]
-    hub.swapped["model.safetensors"] = content[:2048] + bytes(512) + content[2560:]
-    bad = machine.kvrun("pull", "org/tiny")
-    assert bad.returncode == 5 and "model.safetensors" in bad.stderr and "kvrun pull" in bad.stderr, bad.stderr
-    assert machine.python(RESOLVE, "org/tiny", '{"offline": true}').returncode == 3
-    hub.swapped.clear()
-    assert machine.kvrun("pull", "org/tiny").returncode == 0
-
-
-def test_verify_finds_a_zeroed_region_and_pull_mends_it(hub, machine):
-    repo = add(hub)
-    assert machine.kvrun("pull", "org/tiny").returncode == 0
-    content = repo.trees[repo.revisions["main"]]["model.safetensors"]
-    blob = machine.home / "hf/hub/models--org--tiny/blobs" / hashlib.sha256(content).hexdigest()
-    blob.write_bytes(content[:2048] + bytes(512) + content[2560:])
-    bad = machine.kvrun("verify", "org/tiny")
-    assert bad.returncode == 5 and "model.safetensors" in bad.stderr and "kvrun pull org/tiny" in bad.stderr
-    assert machine.kvrun("pull", "org/tiny").returncode == 0
-    assert machine.kvrun("verify", "org/tiny").returncode == 0
-
-
 def test_pull_follows_a_branch_and_run_does_not(hub, machine):
     repo = add(hub)
     old = repo.revisions["main"]
@@ -182,13 +92,6 @@ def test_names_that_would_leave_the_cache(hub, machine):
     assert got.returncode != 0 and victim.read_text() == "mine" and got.stderr.count("\n") == 1, got.stderr
 
 
-def test_pickles_are_refused_before_anything_is_fetched(hub, machine):
-    repo = hub.repos["org/old"] = Repo()
-    repo.commit({k: v for k, v in tiny_files().items() if not k.endswith(".safetensors")}, "main")
-    got = machine.python(RESOLVE, "org/old")
-    assert got.returncode == 5 and "pickle" in got.stderr and hub.fetched() == []
-
-
 def test_a_repository_of_gguf_files(hub, machine, tiny_gguf):
     repo = hub.repos["org/ggufs"] = Repo()
     repo.commit({"README.md": b"", "tiny-q8.gguf": tiny_gguf, "tiny-f16.gguf": b"other"}, "main")
@@ -203,26 +106,6 @@ def test_a_repository_of_gguf_files(hub, machine, tiny_gguf):
     assert (row["name"], row["format"], row["n_bytes"]) == ("org/ggufs/tiny-q8.gguf", "gguf", len(tiny_gguf))
     assert machine.kvrun("rm", "org/ggufs/tiny-q8.gguf", "--yes").returncode == 0
     assert json.loads(machine.kvrun("ls", "--json").stdout) == [] and not Path(files["path"]).exists()
-
-
-def test_offline_opens_no_socket(hub, machine):
-    add(hub)
-    assert machine.kvrun("pull", "org/tiny").returncode == 0
-    hub.requests.clear()
-    watched = """
-import sys
-def watch(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind", "socket.sendto"):
-        print("SOCKET", event, args, file=sys.stderr)
-sys.addaudithook(watch)
-""" + RESOLVE
-    for model, options, env, code in (
-            ("org/tiny", {"offline": True}, {}, 0), ("org/tiny", {}, {"HF_HUB_OFFLINE": "1"}, 0),
-            ("org/other", {"offline": True}, {}, 3), ("org/other", {}, {"HF_HUB_OFFLINE": "1"}, 3),
-            ("smollm2-135m", {"offline": True}, {}, 3), ("smollm2-135m", {}, {"HF_HUB_OFFLINE": "1"}, 3)):
-        got = machine.python(watched, model, json.dumps(options), **env)
-        assert got.returncode == code and "SOCKET" not in got.stderr, (model, options, env, got.stderr)
-    assert hub.requests == []
 
 
 def test_a_cache_that_cannot_be_written(hub, machine):
