@@ -159,7 +159,7 @@ def test_row_16_sigterm_in_an_answer_saves_what_was_said(environment, state, end
 
 def test_row_16_sigterm_ends_run_with_143_after_what_was_said(environment, endless):
     process = subprocess.Popen([*KVRUN, "run", str(endless), "x", "-n", "100000"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment)
+                               stderr=subprocess.PIPE, bufsize=0, env=environment)
     first = process.stdout.readline()
     process.terminate()
     out, err = process.communicate(timeout=60)

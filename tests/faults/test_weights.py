@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -151,11 +152,9 @@ def test_row_04_a_weight_file_cut_while_it_is_read_is_no_bus_error(environment, 
 
 def test_row_04_a_weight_file_cut_while_an_answer_is_given(environment, endless, tmp_path):
     """What was loaded is not read from the file again."""
-    import shutil
-
     folder = shutil.copytree(endless, tmp_path / "m")
     process = subprocess.Popen([*KVRUN, "run", str(folder), "x", "-n", "4096", "--max-tokens", "1500"], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment)
     assert process.stdout.readline() == b"line 100\n"
     os.truncate(folder / "model.safetensors", 0)
     out, err = process.communicate(timeout=60)
