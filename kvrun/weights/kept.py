@@ -7,6 +7,8 @@ not mapped: decoding is as fast from either, but a mapped file that somebody cut
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import struct
@@ -90,20 +92,38 @@ class KeptWeights:
             worker.join()
         return not failed
 
+    def _remove_left(self) -> None:
+        """Removes what processes left that were killed while they wrote: as large as the model. OSError."""
+        for entry in os.scandir(self.path.parent):
+            if entry.name.startswith(self.path.name) and entry.name.endswith(".tmp"):
+                with contextlib.suppress(FileNotFoundError):          # another process was faster
+                    if not _still_written(entry.path):
+                        os.unlink(entry.path)
+
+    def _temporary(self) -> tuple[int, str]:
+        """A new file beside, locked while it is written, and its name. OSError."""
+        while True:
+            fd, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".tmp")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd, name
+            os.close(fd)                                              # removed by another process before it was locked
+
     def write(self, arena: Arena) -> str | None:
         """Keeps the arena's bytes. Returns why that failed, as one line, with nothing left behind."""
         temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".tmp")
+            self._remove_left()
+            fd, temporary = self._temporary()
             try:
                 os.posix_fallocate(fd, 0, _START + arena.n_bytes)     # a full disk says so before anything is written
                 for start in range(0, arena.n_bytes, _PIECE):
                     _write_all(fd, arena.bytes[start : start + _PIECE], _START + start)
                 os.pwrite(fd, _HEADER.pack(_MAGIC, self._key, samples(fd, _START, arena.n_bytes, self.path), arena.n_bytes), 0)
+                os.replace(temporary, self.path)
             finally:
                 os.close(fd)
-            os.replace(temporary, self.path)
             return None
         except (OSError, KvrunError) as error:
             if temporary is not None:
@@ -113,6 +133,15 @@ class KeptWeights:
                     pass
             reason = error.strerror if isinstance(error, OSError) else error
             return f"{self.path.parent}: the packed weights cannot be kept there ({reason}); they are quantized again at every start"
+
+
+def _still_written(path: str) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _write_all(fd: int, data, offset: int) -> None:

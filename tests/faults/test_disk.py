@@ -11,7 +11,6 @@ import pytest
 
 from ..cli.conftest import KVRUN, LINES, last_document
 from ..cli.terminal import Screen
-from ..engine.tiny_model import random_model
 from ..hub.conftest import add
 from .disks import Disk
 
