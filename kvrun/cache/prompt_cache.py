@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from array import array
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 LIMIT = 2 << 30
 """Bytes that all prompts together may take."""
+_CLOCKS = 60  # seconds by which the clock of a file server may be ahead of ours
 
 
 def prompts_dir() -> Path:
@@ -169,13 +171,14 @@ class PromptCache:
             raise
 
     def trim(self) -> None:
-        """Removes what was used longest ago until everything fits into the limit. OSError."""
-        files = []
+        """Removes what was used longest ago until everything fits into the limit. What says that it was used in the future, by a clock that
+        was wrong, goes first: it would stay for ever. OSError."""
+        files, soon = [], time.time() + _CLOCKS
         for folder in os.scandir(self.root):
             for entry in os.scandir(folder.path):
                 with contextlib.suppress(FileNotFoundError):
                     stat = entry.stat()
-                    files.append((stat.st_mtime, stat.st_size, entry.path))
+                    files.append((stat.st_mtime if stat.st_mtime < soon else 0.0, stat.st_size, entry.path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:

@@ -33,7 +33,7 @@ def pull(
 ) -> None:
     """Fetch MODEL, or what is missing, outdated or damaged of it, and check every checksum.
 
-    What arrived whole before an interruption is kept. Hub models go to the cache that all Hugging Face tools share.
+    What arrived before an interruption is kept. Hub models go to the cache that all Hugging Face tools share.
 
     \b
     Examples:

@@ -52,11 +52,13 @@ def fetch_blob(hub, repo: str, commit: str, name: str, size: int, sha256: str, p
 
 
 class _Bounded:
-    """A file that takes no more than `size` bytes: a server may send for ever. What http_get needs of one."""
+    """A file that takes no more than `size` bytes: a server may send for ever."""
 
     def __init__(self, file, size: int) -> None:
         self._file, self._size = file, size
-        self.seek, self.tell, self.truncate = file.seek, file.tell, file.truncate
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
 
     def write(self, data: bytes) -> int:
         if self._file.tell() + len(data) > self._size:
