@@ -245,7 +245,7 @@ def start(target: Target, folder: Path, seed: int) -> int:
             traceback.print_exc()
         finally:
             os._exit(99)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while progress(folder) <= since:
         assert time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0), f"process {child} does nothing"
         time.sleep(0.002)
