@@ -156,10 +156,13 @@ class Chat:
 
         attached, self.attached = self.attached, []
         message = "\n\n".join([*(text for _, text in attached), message])
-        with termination.held(), self._mending():
-            with termination.raising():
-                ids = self.conversation.ask(message)
-            if not self._answer(ids):
+        with termination.held():
+            done = False
+            with self._mending():
+                with termination.raising():
+                    ids = self.conversation.ask(message)
+                done = self._answer(ids)
+            if not done:
                 self.attached = attached
 
     def take_again(self, turn: Turn) -> None:
@@ -185,6 +188,11 @@ class Chat:
             self.console.report(f"context full: {error}; {_MENDS}")
         except TemplateError as error:
             self.console.error(str(error))
+        except KeyboardInterrupt:  # while the message was encoded
+            if not self.on_terminal:
+                raise
+            self._next_interrupt_leaves = True
+            self._taken_back()
 
     def _answer(self, ids: list[int]) -> bool:
         """Whether an answer to the prompt `ids` came; it is recorded and saved."""
@@ -209,8 +217,11 @@ class Chat:
                 raise KeyboardInterrupt
             self._next_interrupt_leaves = True
             if not said:
-                self.console.report("stopped before the answer began; the message was taken back" + ("; Up brings it here" if self.on_terminal else ""))
+                self._taken_back()
         return bool(said)
+
+    def _taken_back(self) -> None:
+        self.console.report("stopped before the answer began; the message was taken back" + ("; Up brings it here" if self.on_terminal else ""))
 
     def report_stats(self) -> None:
         """Counts and speeds of the last answer."""

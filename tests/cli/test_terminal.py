@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ..engine.tiny_model import scripted_model
+from ..engine.tiny_model import TEMPLATE, scripted_model
 from .conftest import KVRUN
 from .terminal import Screen
 
@@ -58,6 +58,21 @@ def test_a_conversation(terminal, tmp_path, home):
     assert screen.end() == 0
     history = home / ".local/state/kvrun/chat_history"
     assert "+hi\n" in history.read_text() and stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_ctrl_c_while_a_message_is_encoded_takes_it_back(terminal, tmp_path):
+    """A template that works for a third of a second: Ctrl-C comes before the first prompt token is read."""
+    slow = "{% for i in range(900) %}{% for j in range(3000) %}{% endfor %}{% endfor %}" + TEMPLATE
+    screen = terminal("chat", scripted_model(tmp_path / "m", [b"said"], template=slow))
+    screen.wait_prompt()
+    accepted = screen.raw.count(b"\x1b[?2004l")
+    screen.send("hi\r")
+    while screen.raw.count(b"\x1b[?2004l") == accepted:
+        screen.read()
+    screen.send("\x03")
+    assert "the message was taken back" in screen.wait_prompt() and "said" not in screen.display
+    screen.send("\x04")
+    assert screen.end() == 0
 
 
 def test_ctrl_c_takes_back_a_line_and_twice_leaves(terminal, scripted):
