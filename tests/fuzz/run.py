@@ -58,9 +58,10 @@ def main() -> None:
         return mutate(data, draw, target.kind)[:limit] if draw.random() < 0.5 else atheris.Mutate(data, limit)
 
     places = [str(options.corpus)] if options.corpus else []
+    # No limit on resident memory: the peak that libFuzzer asks for is that of the process which started this one, where larger.
     atheris.Setup([sys.argv[0], *places, inputs, f"-artifact_prefix={folder}/", f"-max_total_time={options.seconds}",
                    f"-runs={options.runs}", "-timeout=20",
-                   "-rss_limit_mb=3000", "-max_len=65536", "-print_final_stats=1", "-reload=0"], target, custom_mutator=changed)
+                   "-rss_limit_mb=0", "-malloc_limit_mb=3000", "-max_len=65536", "-print_final_stats=1", "-reload=0"], target, custom_mutator=changed)
     try:
         atheris.Fuzz()
     finally:
