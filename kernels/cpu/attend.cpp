@@ -1,14 +1,14 @@
 // attend.cpp - attention over cache pages: online softmax (Milakov and Gimelshein, 2018) page by page, each K and V
 // read once for a block of queries that share it.
 //
-// The positions of a sequence are cut into parts of two pages. A part is reduced to (maximum, sum, weighted V), and
+// The positions of a sequence are cut into parts of four pages. A part is reduced to (maximum, sum, weighted V), and
 // parts are merged in order, so that a row's result depends on nothing but its own positions: not on the rows beside
 // it, the threads, or pages that left the window.
 #include "attend.h"
 
 namespace KV_NS {
 
-static const int PART = 2 * KV_PAGE;       // positions of a part
+static const int PART = 4 * KV_PAGE;       // positions of a part
 static const int MAX_QUERIES = 48;         // queries of a block, unless one row alone has more
 static const int MAX_RUNS = 64;            // rows of a decode batch
 static const int64_t BATCH_SLOTS_BYTES = 4 << 20;   // part results of a decode batch of several rows

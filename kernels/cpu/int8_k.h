@@ -61,12 +61,10 @@ struct PairsOfK {
     }
 };
 
-// p[index[lane]] of a table of d floats.
-static inline f32x16 look_up(const float *p, int d, const int32_t *index) {
-    if (d != 64) return gather(p, index);
+// p[index[lane]] of 64 floats in registers.
+static inline f32x16 look_up(const f32x16 *p, const int32_t *index) {
     const __m512i i = _mm512_load_si512(index);
-    const __m512 low = _mm512_permutex2var_ps(_mm512_load_ps(p), i, _mm512_load_ps(p + 16));
-    const __m512 high = _mm512_permutex2var_ps(_mm512_load_ps(p + 32), i, _mm512_load_ps(p + 48));
+    const __m512 low = _mm512_permutex2var_ps(p[0].v, i, p[1].v), high = _mm512_permutex2var_ps(p[2].v, i, p[3].v);
     return {_mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(32)), low, high)};
 }
 
@@ -74,21 +72,33 @@ static inline f32x16 look_up(const float *p, int d, const int32_t *index) {
 // bits of their bytes, then, from the middle of the chunks on, those in the lower bits. k_zero: what each score has besides.
 static void split_queries_q4(Block &block, const PairsOfK &page, int first, int last) {
     const int d = block.head_dim, chunks = chunks_of_k(KV_Q4, d), half = chunks * CHUNK / 2;
-    alignas(64) float x[2 * KV_MAX_QUANT_DIM] = {}, scaled[KV_MAX_QUANT_DIM] = {};
+    alignas(64) float x[2 * KV_MAX_QUANT_DIM], scaled[KV_MAX_QUANT_DIM];
+    if (d < chunks * CHUNK) memset(x, 0, sizeof(float) * (size_t)chunks * CHUNK);
     for (int i = first; i < last; i++) {
         const float *q = block.q + (int64_t)i * d;
         f32x16 zeros = splat(0);
-        for (int c = 0; c < d; c += 16) {
-            store(scaled + c, load(q + c) * load(page.scale + c));
-            zeros = fma(load(q + c), load(page.zero + c), zeros);
+        if (d == 64) {
+            f32x16 product[4];
+            for (int c = 0; c < 4; c++) {
+                product[c] = load(q + 16 * c) * load(page.scale + 16 * c);
+                zeros = fma(load(q + 16 * c), load(page.zero + 16 * c), zeros);
+            }
+            for (int j = 0; j < 32; j += 16) {
+                store(x + j, look_up(product, page.high + j));
+                store(x + 32 + j, look_up(product, page.low + j));
+            }
+        } else {
+            for (int c = 0; c < d; c += 16) {
+                store(scaled + c, load(q + c) * load(page.scale + c));
+                zeros = fma(load(q + c), load(page.zero + c), zeros);
+            }
+            for (int j = 0; j < d / 2; j += 16) {
+                const __mmask16 there = d / 2 - j < 16 ? 0xff : 0xffff;
+                _mm512_store_ps(x + j, _mm512_maskz_mov_ps(there, gather(scaled, page.high + j).v));
+                _mm512_storeu_ps(x + half + j, _mm512_maskz_mov_ps(there, gather(scaled, page.low + j).v));
+            }
         }
         block.k_zero[i] = sum(zeros);
-        for (int j = 0; j < d / 2; j += 16) {
-            const f32x16 high = look_up(scaled, d, page.high + j), low = look_up(scaled, d, page.low + j);
-            const __mmask16 there = d / 2 - j < 16 ? 0xff : 0xffff;
-            _mm512_store_ps(x + j, _mm512_maskz_mov_ps(there, high.v));
-            _mm512_storeu_ps(x + half + j, _mm512_maskz_mov_ps(there, low.v));
-        }
         split_query(block, i, chunks, 1, x);
     }
 }
