@@ -3,32 +3,12 @@
 import base64
 import re
 
-import pytest
-
 from kvrun.cli.slash import COMMANDS
 
-from .conftest import KVRUN
 from .terminal import Screen
 
 ANSWER = ["Größe,", "Welt"]
 STATUS = r"ctx \d+/8192 · kv f16 [\d.]+ [KM]iB"
-
-
-@pytest.fixture
-def chat(environment, tmp_path):
-    """chat(folder, *args) -> Screen at its prompt, in a home of this test alone"""
-    opened = []
-
-    def open_(folder, *args, **size) -> Screen:
-        screen = Screen([*KVRUN, "chat", str(folder), *map(str, args)],
-                        environment | {"XDG_STATE_HOME": str(tmp_path / "state"), "HOME": str(tmp_path)}, **({"columns": 180, "rows": 60} | size))
-        opened.append(screen)
-        screen.wait_prompt()
-        return screen
-
-    yield open_
-    for screen in opened:
-        screen.process.close(force=True)
 
 
 def said(screen: Screen, line: str) -> list[str]:
@@ -48,7 +28,7 @@ def test_every_command(chat, scripted, tmp_path):
     (tmp_path / "notes.txt").write_text("remember the milk\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "binary").write_bytes(b"ELF\0")
-    screen = chat(scripted, "-s", "be brief")
+    screen = chat(scripted, "-s", "be brief", env={"HOME": str(tmp_path)}, columns=180, rows=60)
     rate = r"<n> tok/s"
     stats = f"prompt <n> tok (<n> cached) in <n> s, {rate} · answer 4 tok in <n> s, {rate} · ctx <n>/8192 · kv f16 · cpu · greedy · eos"
     dialogue = [
