@@ -15,7 +15,7 @@ extern "C" {
 #endif
 #include <stdint.h>
 
-#define KV_ABI 3          /* bumped with every change of this file's meaning */
+#define KV_ABI 4          /* bumped with every change of this file's meaning */
 #define KV_PAGE 128       /* token slots of a cache page */
 #define KV_LANES 16       /* rows of a weight block, tokens of a K block */
 #define KV_GROUP 32       /* columns that share a quantization scale */
@@ -26,6 +26,7 @@ enum kv_dtype {
     KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2,
     KV_Q8 = 3,            /* int8, one f16 scale per KV_GROUP */
     KV_Q4 = 4,            /* 4 bits, one f16 scale and one f16 minimum per KV_GROUP */
+    KV_Q4S = 5,           /* 4 bits, one f16 scale per KV_GROUP, symmetric; of weights alone */
     /* Sources that kv_pack reads and nothing else uses: GGUF blocks as they lie in a file. */
     KV_GGUF_Q4_0 = 16, KV_GGUF_Q4_1 = 17, KV_GGUF_Q5_0 = 18, KV_GGUF_Q8_0 = 19, KV_GGUF_Q4_K = 20,
     KV_GGUF_Q5_K = 21, KV_GGUF_Q6_K = 22
@@ -184,8 +185,8 @@ int32_t kv_abi(void);
 int64_t kv_pack_bytes(int32_t dtype, int64_t n, int64_t k);
 /* Packs `rows` source rows of k values (row-major, dense; src_dtype F32, F16, BF16 or a KV_GGUF_*) into rows
  * row0.. of dst, whose data points at kv_pack_bytes() writable bytes. GGUF blocks go only where nothing is lost
- * beyond rounding a scale to f16: Q4_0, Q4_1, Q4_K -> KV_Q4; Q5_0, Q8_0 -> KV_Q8. Q5_K and Q6_K go
- * to KV_Q8 as their values do, which errs by at most max|x|/140 in a group. F32/F16/BF16 go to any format:
+ * beyond rounding a scale or minimum to f16: Q4_0 -> KV_Q4S; Q4_0, Q4_1, Q4_K -> KV_Q4; Q5_0, Q8_0 -> KV_Q8. Q5_K and Q6_K go
+ * to KV_Q8 as their values do, which errs by at most max|x|/140 in a group. F32/F16/BF16 go to any format but KV_Q4S:
  * KV_Q8 and KV_Q4 with the scale (and minimum) of least squared error that a search over steps finds; the same bytes on
  * every machine. Calls for disjoint rows may run on several threads when row0 and rows are multiples of KV_LANES. */
 int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const void *src, int32_t src_dtype);

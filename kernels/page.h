@@ -9,6 +9,7 @@
  *   Q4         [n/16][k/32] blocks of 320 bytes: f16 scale[16]; f16 min[16]; uint32 q[4][16]; dword j of lane l holds
  *              columns 8j..8j+7: byte i has column 8j+i in its low nibble and column 8j+4+i in its high one
  *              value = scale*q + min
+ *   Q4S        [n/16][k/32] blocks of 288 bytes: f16 scale[16]; uint32 q[4][16] as in Q4; value = scale*(q - 8)
  *
  * Cache page of 128 slots, one head of size D (a multiple of 2), format F32, F16 or BF16:
  *   K  [8][D/2][16][2]: 16 tokens in the lanes, channel pairs side by side
@@ -59,6 +60,7 @@
 
 #define KV_Q8_BLOCK 544
 #define KV_Q4_BLOCK 320
+#define KV_Q4S_BLOCK 288
 #define KV_MAX_QUANT_DIM 256     /* largest head size of a quantized page: a channel number is one byte */
 
 /* Element index of channel c of the token in slot t within one head's K (V) of a page. */

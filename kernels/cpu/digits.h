@@ -14,7 +14,7 @@ static constexpr int LARGEST = 127 * 256 + 127;  // splits into two signed bytes
 struct Group {
     char digit[64];    // with VNNI int8 high[32], low[32], digit = 256*high + low; else int16, columns 4q..4q+3 in the order 0 2 1 3
     float scale, sum;  // sum: scale times the sum of the digits
-    int32_t digit_sum;
+    int32_t start;     // what their sum with unsigned bytes starts from, where these are to be less an offset
 };
 
 #if defined(__AVX512F__)
@@ -126,13 +126,14 @@ struct DigitSum {
 
 #endif
 
-// 32 activations. What is not finite makes the scale so.
-static inline void to_digits(const float *x, Group &to) {
+// 32 activations, for weights whose bytes are `offset` too large. What is not finite makes the scale so.
+static inline void to_digits(const float *x, int offset, Group &to) {
     const f32x16 a = load(x), b = load(x + 16);
     const float top = largest_magnitude(a, b), up = top > 1e-34f ? LARGEST / top : 0.f;
     to.scale = top * (1.f / LARGEST);
-    to.digit_sum = store_digits(to, a * splat(up), b * splat(up));
-    to.sum = to.scale * (float)to.digit_sum;
+    const int32_t sum = store_digits(to, a * splat(up), b * splat(up));
+    to.start = -offset * sum;
+    to.sum = to.scale * (float)sum;
 }
 
 }  // namespace KV_NS

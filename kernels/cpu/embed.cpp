@@ -37,16 +37,24 @@ static void unit_q8(const uint8_t *unit, int lane, float scale, float *out) {
     }
 }
 
-static void unit_q4(const uint8_t *unit, int lane, float scale, float *out) {
-    float step = half_at(unit, lane), min = half_at(unit + 32, lane);
+static void nibbles(const uint8_t *words, int lane, float step, float min, float scale, float *out) {
     for (int j = 0; j < 4; j++) {
         uint8_t q[4];
-        memcpy(q, unit + 64 + 64 * j + 4 * lane, 4);
+        memcpy(q, words + 64 * j + 4 * lane, 4);
         for (int i = 0; i < 4; i++) {
             out[8 * j + i] = (step * (q[i] & 15) + min) * scale;
             out[8 * j + 4 + i] = (step * (q[i] >> 4) + min) * scale;
         }
     }
+}
+
+static void unit_q4(const uint8_t *unit, int lane, float scale, float *out) {
+    nibbles(unit + 64, lane, half_at(unit, lane), half_at(unit + 32, lane), scale, out);
+}
+
+static void unit_q4s(const uint8_t *unit, int lane, float scale, float *out) {   // step*q - 8*step is step*(q - 8), to the bit
+    const float step = half_at(unit, lane);
+    nibbles(unit + 32, lane, step, -8 * step, scale, out);
 }
 
 void embed(const kv_op_embed &op, const kv_state &state, kv::Worker &worker) {
@@ -58,7 +66,8 @@ void embed(const kv_op_embed &op, const kv_state &state, kv::Worker &worker) {
         case KV_F16: widen = unit_16<kv::f16_to_f32>; unit_bytes = WeightF16::UNIT; break;
         case KV_BF16: widen = unit_16<kv::bf16_to_f32>; unit_bytes = WeightBF16::UNIT; break;
         case KV_Q8: widen = unit_q8; unit_bytes = WeightQ8::UNIT; break;
-        default: widen = unit_q4; unit_bytes = WeightQ4::UNIT;
+        case KV_Q4: widen = unit_q4; unit_bytes = WeightQ4::UNIT; break;
+        default: widen = unit_q4s; unit_bytes = WeightQ4S::UNIT;
     }
     worker.split(state.n_rows, 8, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {

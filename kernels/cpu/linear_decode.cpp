@@ -98,7 +98,7 @@ template <class W> struct Digits {
     static int64_t bytes(int64_t groups) { return groups * (int64_t)sizeof(Group); }
 
     static void prepare(const float *x, int64_t groups, char *to) {
-        for (int64_t g = 0; g < groups; g++) to_digits(x + g * KV_GROUP, ((Group *)to)[g]);
+        for (int64_t g = 0; g < groups; g++) to_digits(x + g * KV_GROUP, W::OFFSET, ((Group *)to)[g]);
     }
 
     Digits(const float *, const char *prepared, int64_t row, int64_t groups) : x((const Group *)prepared + row * groups) {}
@@ -118,7 +118,7 @@ template <class W> struct Digits {
                 for (int64_t b = 0; b < W::UNIT; b += 64) KV_PREFETCH(unit + ahead + b);
                 DigitSum d[R];
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) d[r].start(W::OFFSET ? -W::OFFSET * from[r * groups].digit_sum : 0);
+                for (int r = 0; r < R; r++) d[r].start(W::OFFSET ? from[r * groups].start : 0);
                 W::quads(unit, [&](int quad, u32x16 w) __attribute__((always_inline)) {
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) d[r].add(w, from[r * groups], quad);
@@ -154,7 +154,7 @@ static int64_t prepared_bytes(const kv_op_linear &op) {
         const int64_t bytes = align64(ROWS * Factors<decltype(format)>::bytes(op.w.k / KV_GROUP));
         if (bytes > most) most = bytes;
     };
-    for (int dtype = KV_F32; dtype <= KV_Q4; dtype++) with_format(dtype, ask);
+    for (int dtype = KV_F32; dtype <= KV_Q4S; dtype++) with_format(dtype, ask);
     return most;
 }
 

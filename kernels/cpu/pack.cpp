@@ -13,14 +13,21 @@ namespace {
 
 // ---- where a block lies ----
 
-int64_t column_bytes(int32_t dtype, int64_t k) {  // bytes of one block of 16 rows
+struct Unit { int64_t bytes, header; };  // 32 columns of 16 rows: scales (and minima) ahead of lines of 64 bytes
+Unit unit_of(int32_t dtype) {
     switch (dtype) {
-        case KV_F32: return k * 64;
-        case KV_F16: case KV_BF16: return k * 32;
-        case KV_Q8: return k / KV_GROUP * KV_Q8_BLOCK;
-        case KV_Q4: return k / KV_GROUP * KV_Q4_BLOCK;
-        default: return -1;
+        case KV_F32: return {KV_GROUP * 64, 0};
+        case KV_F16: case KV_BF16: return {KV_GROUP * 32, 0};
+        case KV_Q8: return {KV_Q8_BLOCK, 32};
+        case KV_Q4: return {KV_Q4_BLOCK, 64};
+        case KV_Q4S: return {KV_Q4S_BLOCK, 32};
+        default: return {-1, 0};
     }
+}
+
+int64_t column_bytes(int32_t dtype, int64_t k) {  // bytes of one block of 16 rows; -1 for no packed format
+    const Unit unit = unit_of(dtype);
+    return unit.bytes < 0 ? -1 : k / KV_GROUP * unit.bytes;
 }
 
 int64_t source_bytes(int32_t dtype, int64_t k) {  // bytes of one source row; -1 when k does not fit the format
@@ -45,18 +52,24 @@ uint32_t u32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 
 constexpr uint32_t NIBBLES = 0x0f0f0f0f, ONES = 0x01010101;
 
-struct Q4Lane {  // lane of a KV_Q4 block
+template <int HEADER> struct NibbleLane {
     uint8_t *block;
     int lane;
-    void scale(uint16_t scale, uint16_t min) const {
-        memcpy(block + 2 * lane, &scale, 2);
-        memcpy(block + 32 + 2 * lane, &min, 2);
-    }
+    void scale(uint16_t scale) const { memcpy(block + 2 * lane, &scale, 2); }
     void word(int j, uint32_t low, uint32_t high) const {  // columns 8j..8j+3 and 8j+4..8j+7, a nibble in each byte
         uint32_t v = low | high << 4;
-        memcpy(block + 64 + 64 * j + 4 * lane, &v, 4);
+        memcpy(block + HEADER + 64 * j + 4 * lane, &v, 4);
     }
 };
+
+struct Q4Lane : NibbleLane<64> {  // lane of a KV_Q4 block
+    void scale(uint16_t scale, uint16_t min) const {
+        NibbleLane::scale(scale);
+        memcpy(block + 32 + 2 * lane, &min, 2);
+    }
+};
+
+using Q4SLane = NibbleLane<32>;   // lane of a KV_Q4S block
 
 struct Q8Lane {  // lane of a KV_Q8 block
     uint8_t *block;
@@ -66,7 +79,7 @@ struct Q8Lane {  // lane of a KV_Q8 block
 };
 
 // Q4_0 and Q4_1 hold column i in the low and column i + 16 in the high nibble of byte i.
-void nibbles_16(const uint8_t *q, Q4Lane to) {
+template <class Lane> void nibbles_16(const uint8_t *q, Lane to) {
     for (int half = 0; half < 2; half++) {
         uint32_t a = u32(q + 8 * half), b = u32(q + 8 * half + 4);
         to.word(half, a & NIBBLES, b & NIBBLES);
@@ -78,6 +91,13 @@ void q4_0(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
     const uint8_t *s = row + 18 * g;
     Q4Lane to{block, lane};
     to.scale(u16(s), f32_to_f16(-8 * f16_to_f32(u16(s))));
+    nibbles_16(s + 2, to);
+}
+
+void q4_0_symmetric(const uint8_t *row, int64_t g, uint8_t *block, int lane) {
+    const uint8_t *s = row + 18 * g;
+    Q4SLane to{block, lane};
+    to.scale(u16(s));
     nibbles_16(s + 2, to);
 }
 
@@ -243,18 +263,18 @@ template <int SRC> void pack_from_floats(int32_t dtype, uint8_t *block, int64_t 
 
 // Rows lane..15 of a block become zero.
 void zero_lanes(uint8_t *block, int32_t dtype, int64_t k, int lane) {
-    int64_t bytes = column_bytes(dtype, k), header = dtype == KV_Q4 ? 64 : dtype == KV_Q8 ? 32 : 0;
-    int64_t unit = dtype == KV_Q4 ? KV_Q4_BLOCK : dtype == KV_Q8 ? KV_Q8_BLOCK : bytes;
-    for (int64_t u = 0; u < bytes; u += unit) {
-        for (int64_t h = 0; h < header; h += 32) memset(block + u + h + 2 * lane, 0, 32 - 2 * lane);
-        for (int64_t w = header; w < unit; w += 64) memset(block + u + w + 4 * lane, 0, 64 - 4 * lane);
+    const Unit unit = unit_of(dtype);
+    for (const uint8_t *end = block + column_bytes(dtype, k); block < end; block += unit.bytes) {
+        for (int64_t h = 0; h < unit.header; h += 32) memset(block + h + 2 * lane, 0, 32 - 2 * lane);
+        for (int64_t w = unit.header; w < unit.bytes; w += 64) memset(block + w + 4 * lane, 0, 64 - 4 * lane);
     }
 }
 
 bool accepts(int32_t dtype, int32_t src_dtype) {
     switch (src_dtype) {
-        case KV_F32: case KV_F16: case KV_BF16: return true;
-        case KV_GGUF_Q4_0: case KV_GGUF_Q4_1: case KV_GGUF_Q4_K: return dtype == KV_Q4;
+        case KV_F32: case KV_F16: case KV_BF16: return dtype != KV_Q4S;
+        case KV_GGUF_Q4_0: return dtype == KV_Q4S || dtype == KV_Q4;
+        case KV_GGUF_Q4_1: case KV_GGUF_Q4_K: return dtype == KV_Q4;
         case KV_GGUF_Q5_0: case KV_GGUF_Q8_0: case KV_GGUF_Q5_K: case KV_GGUF_Q6_K: return dtype == KV_Q8;
         default: return false;
     }
@@ -271,9 +291,11 @@ float unpack_one(const uint8_t *block, int32_t dtype, int lane, int64_t c) {
             return f16_to_f32(u16(b + 2 * lane)) * (int8_t)b[32 + 64 * (i / 4) + 4 * lane + i % 4];
         }
         default: {
-            const uint8_t *b = block + c / KV_GROUP * KV_Q4_BLOCK;
-            int i = (int)(c % KV_GROUP), q = b[64 + 64 * (i / 8) + 4 * lane + i % 4] >> (i % 8 / 4 * 4) & 15;
-            return f16_to_f32(u16(b + 2 * lane)) * q + f16_to_f32(u16(b + 32 + 2 * lane));
+            const Unit unit = unit_of(dtype);
+            const uint8_t *b = block + c / KV_GROUP * unit.bytes;
+            int i = (int)(c % KV_GROUP), q = b[unit.header + 64 * (i / 8) + 4 * lane + i % 4] >> (i % 8 / 4 * 4) & 15;
+            const float scale = f16_to_f32(u16(b + 2 * lane));
+            return dtype == KV_Q4S ? scale * (q - 8) : scale * q + f16_to_f32(u16(b + 32 + 2 * lane));
         }
     }
 }
@@ -302,7 +324,10 @@ EXPORT int32_t kv_pack(const kv_weight *dst, int64_t row0, int64_t rows, const v
         uint8_t *block = data + row / KV_LANES * block_bytes;
         int64_t groups = k / KV_GROUP;
         switch (src_dtype) {
-            case KV_GGUF_Q4_0: pack_groups<q4_0>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
+            case KV_GGUF_Q4_0:
+                if (dst->dtype == KV_Q4S) pack_groups<q4_0_symmetric>(block, KV_Q4S_BLOCK, groups, from, row_bytes, lane, count);
+                else pack_groups<q4_0>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count);
+                break;
             case KV_GGUF_Q4_1: pack_groups<q4_1>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q4_K: pack_groups<q4_k>(block, KV_Q4_BLOCK, groups, from, row_bytes, lane, count); break;
             case KV_GGUF_Q5_K: pack_groups<q5_k>(block, KV_Q8_BLOCK, groups, from, row_bytes, lane, count); break;

@@ -44,11 +44,12 @@ static inline void load_f16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) 
     even.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
     odd.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
 }
-// Sixteen 32-bit words: 4-bit digit S of each as a float, and signed byte I of each times 2^24.
+// Sixteen 32-bit words: 4-bit digit S of each, less ZERO, as a float, and signed byte I of each times 2^24.
 struct u32x16 { __m512i v; };
 static inline u32x16 load_words(const void *p) { return {_mm512_loadu_si512(p)}; }
-template <int S> static inline f32x16 nibble(u32x16 a) {
-    const __m512 value = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+template <int S, int ZERO = 0> static inline f32x16 nibble(u32x16 a) {
+    const __m512 value = _mm512_setr_ps(0 - ZERO, 1 - ZERO, 2 - ZERO, 3 - ZERO, 4 - ZERO, 5 - ZERO, 6 - ZERO, 7 - ZERO,
+                                        8 - ZERO, 9 - ZERO, 10 - ZERO, 11 - ZERO, 12 - ZERO, 13 - ZERO, 14 - ZERO, 15 - ZERO);
     return {_mm512_permutexvar_ps(S ? _mm512_srli_epi32(a.v, 4 * S) : a.v, value)};  // looks at the low 4 bits alone
 }
 template <int I> static inline f32x16 byte_2p24(u32x16 a) {
@@ -109,11 +110,12 @@ struct u32x16 { __m256i lo, hi; };
 static inline u32x16 load_words(const void *p) {
     return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)};
 }
-template <int S> static inline __m256 nibble(__m256i a) {
+template <int S, int ZERO> static inline __m256 nibble(__m256i a) {
     if (S) a = _mm256_srli_epi32(a, 4 * S);
-    return _mm256_cvtepi32_ps(S < 7 ? _mm256_and_si256(a, _mm256_set1_epi32(15)) : a);
+    if (S < 7) a = _mm256_and_si256(a, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(ZERO ? _mm256_sub_epi32(a, _mm256_set1_epi32(ZERO)) : a);
 }
-template <int S> static inline f32x16 nibble(u32x16 a) { return {nibble<S>(a.lo), nibble<S>(a.hi)}; }
+template <int S, int ZERO = 0> static inline f32x16 nibble(u32x16 a) { return {nibble<S, ZERO>(a.lo), nibble<S, ZERO>(a.hi)}; }
 template <int I> static inline f32x16 byte_2p24(u32x16 a) {
     const __m256i top = _mm256_setr_epi8(-1, -1, -1, I, -1, -1, -1, 4 + I, -1, -1, -1, 8 + I, -1, -1, -1, 12 + I,
                                          -1, -1, -1, I, -1, -1, -1, 4 + I, -1, -1, -1, 8 + I, -1, -1, -1, 12 + I);
@@ -156,7 +158,7 @@ static inline void load_f16_pairs(const uint16_t *p, f32x16 &even, f32x16 &odd) 
 }
 struct u32x16 { uint32_t v[16]; };
 static inline u32x16 load_words(const void *p) { u32x16 a; memcpy(a.v, p, 64); return a; }
-template <int S> static inline f32x16 nibble(u32x16 a) { KV_EACH((float)(int32_t)(a.v[i] >> 4 * S & 15)); }
+template <int S, int ZERO = 0> static inline f32x16 nibble(u32x16 a) { KV_EACH((float)((int32_t)(a.v[i] >> 4 * S & 15) - ZERO)); }
 template <int I> static inline f32x16 byte_2p24(u32x16 a) { KV_EACH((float)(int32_t)(a.v[i] << (24 - 8 * I) & 0xff000000)); }
 static inline f32x16 exp2_magic(f32x16 t) { KV_EACH(kv::bits_f32((kv::f32_bits(t.v[i]) + 127) << 23)); }
 #undef KV_EACH

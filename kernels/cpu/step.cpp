@@ -130,7 +130,7 @@ void walk(void *p, int thread) {
 }
 
 bool good_linear(const kv_weight &w) {
-    return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4;
+    return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4S;
 }
 
 // Bytes of weights that a step reads, and about how many of them a large last-level cache holds from step to step.

@@ -66,6 +66,28 @@ struct WeightQ8 {
 #endif
 };
 
+// 32 columns of nibbles, which lie alike in both formats of 4 bits; a pair's digit is the nibble less ZERO.
+template <int ZERO, class F> static KV_INLINE void nibble_pairs(const uint8_t *words, F f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        u32x16 q = load_words(words + 64 * j);
+        f(8 * j, nibble<0, ZERO>(q), nibble<2, ZERO>(q));
+        f(8 * j + 2, nibble<4, ZERO>(q), nibble<6, ZERO>(q));
+        f(8 * j + 4, nibble<1, ZERO>(q), nibble<3, ZERO>(q));
+        f(8 * j + 6, nibble<5, ZERO>(q), nibble<7, ZERO>(q));
+    }
+}
+#if defined(__AVX2__)
+template <class F> static KV_INLINE void nibble_quads(const uint8_t *words, F f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        u32x16 q = load_words(words + 64 * j);
+        f(2 * j, low_nibbles(q));
+        f(2 * j + 1, high_nibbles(q));
+    }
+}
+#endif
+
 struct WeightQ4 {
     static constexpr int64_t UNIT = KV_Q4_BLOCK;
     static constexpr bool SCALED = true, MIN = true;
@@ -73,25 +95,21 @@ struct WeightQ4 {
     static KV_INLINE f32x16 scale(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
     static KV_INLINE f32x16 step(const uint8_t *unit) { return scale(unit); }
     static KV_INLINE f32x16 min(const uint8_t *unit) { return load_f16((const uint16_t *)(unit + 32)); }
-    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            u32x16 q = load_words(unit + 64 + 64 * j);
-            f(8 * j, nibble<0>(q), nibble<2>(q));
-            f(8 * j + 2, nibble<4>(q), nibble<6>(q));
-            f(8 * j + 4, nibble<1>(q), nibble<3>(q));
-            f(8 * j + 6, nibble<5>(q), nibble<7>(q));
-        }
-    }
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) { nibble_pairs<0>(unit + 64, f); }
 #if defined(__AVX2__)
-    template <class F> static KV_INLINE void quads(const uint8_t *unit, F f) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            u32x16 q = load_words(unit + 64 + 64 * j);
-            f(2 * j, low_nibbles(q));
-            f(2 * j + 1, high_nibbles(q));
-        }
-    }
+    template <class F> static KV_INLINE void quads(const uint8_t *unit, F f) { nibble_quads(unit + 64, f); }
+#endif
+};
+
+struct WeightQ4S {
+    static constexpr int64_t UNIT = KV_Q4S_BLOCK;
+    static constexpr bool SCALED = true, MIN = false;
+    static constexpr int OFFSET = 8;
+    static KV_INLINE f32x16 scale(const uint8_t *unit) { return load_f16((const uint16_t *)unit); }
+    static KV_INLINE f32x16 step(const uint8_t *unit) { return scale(unit); }
+    template <class F> static KV_INLINE void pairs(const uint8_t *unit, F f) { nibble_pairs<OFFSET>(unit + 32, f); }
+#if defined(__AVX2__)
+    template <class F> static KV_INLINE void quads(const uint8_t *unit, F f) { nibble_quads(unit + 32, f); }
 #endif
 };
 
@@ -103,6 +121,7 @@ template <class F> static KV_INLINE void with_format(int32_t dtype, F f) {
         case KV_BF16: f(WeightBF16{}); break;
         case KV_Q8: f(WeightQ8{}); break;
         case KV_Q4: f(WeightQ4{}); break;
+        case KV_Q4S: f(WeightQ4S{}); break;
         default: break;
     }
 }

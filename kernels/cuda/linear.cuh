@@ -98,6 +98,7 @@ static __device__ __forceinline__ void norm_rows(const kv_op_norm &op, int row0,
     case KV_BF16: return launch_as<TileHalf<Bf16>>(__VA_ARGS__);              \
     case KV_Q8: return launch_as<TileQ8>(__VA_ARGS__);                        \
     case KV_Q4: return launch_as<TileQ4>(__VA_ARGS__);                        \
+    case KV_Q4S: return launch_as<TileQ4S>(__VA_ARGS__);                      \
     }                                                                         \
     return cudaErrorInvalidValue
 

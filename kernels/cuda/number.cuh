@@ -31,13 +31,11 @@ struct F16 {
     static __device__ __forceinline__ uint32_t bits(float x) { return f16_bits(x); }
 };
 
-// Byte I of a word as a float. A byte in the low bits of 2^23 is 2^23 + byte: cheaper than a conversion.
-template <int I> static __device__ __forceinline__ float unsigned_byte(uint32_t word) {
-    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540 | I)) - 8388608.f;
+// Byte I of a word, less ZERO, as a float. A byte in the low bits of 2^23 is 2^23 + byte: cheaper than a conversion.
+template <int I, int ZERO = 0> static __device__ __forceinline__ float unsigned_byte(uint32_t word) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7540 | I)) - (8388608.f + ZERO);
 }
-template <int I> static __device__ __forceinline__ float signed_byte(uint32_t word) {
-    return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7540 | I)) - 8388736.f;
-}
+template <int I> static __device__ __forceinline__ float signed_byte(uint32_t word) { return unsigned_byte<I, 128>(word ^ 0x80808080u); }
 
 static __device__ __forceinline__ uint4 load16(const void *p) { return *(const uint4 *)p; }
 static __device__ __forceinline__ uint2 load8(const void *p) { return *(const uint2 *)p; }

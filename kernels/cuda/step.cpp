@@ -25,7 +25,7 @@ int fail(int status, const char *format, ...) {
 static const char *const kNames[KV_OP_COUNT] = {"embed", "norm", "linear", "act", "rope", "append", "attend", "gather", "sample"};
 static const int kMaxHead = 256;
 
-static bool is_weight(const kv_weight &w) { return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4; }
+static bool is_weight(const kv_weight &w) { return w.n > 0 && w.k > 0 && w.k % KV_GROUP == 0 && w.dtype >= KV_F32 && w.dtype <= KV_Q4S; }
 static bool is_quantized(int dtype) { return dtype == KV_Q8 || dtype == KV_Q4; }
 
 static int check_cache(const kv_cache &c, int heads, int kv_heads, int head_dim, const char *name, int index) {

@@ -77,6 +77,19 @@ struct TileQ8 {
     }
 };
 
+// The nibbles of a row's word, each less ZERO, times its eight columns of x.
+template <int ZERO> static __device__ __forceinline__ float nibbles_times(uint32_t word, const float4 &f, const float4 &g) {
+    const uint32_t low = word & 0x0f0f0f0fu, high = word >> 4 & 0x0f0f0f0fu;
+    float s = unsigned_byte<0, ZERO>(low) * f.x;
+    s = fmaf(unsigned_byte<1, ZERO>(low), f.y, s);
+    s = fmaf(unsigned_byte<2, ZERO>(low), f.z, s);
+    s = fmaf(unsigned_byte<3, ZERO>(low), f.w, s);
+    s = fmaf(unsigned_byte<0, ZERO>(high), g.x, s);
+    s = fmaf(unsigned_byte<1, ZERO>(high), g.y, s);
+    s = fmaf(unsigned_byte<2, ZERO>(high), g.z, s);
+    return fmaf(unsigned_byte<3, ZERO>(high), g.w, s);
+}
+
 // Two blocks of 32 columns: lanes 0 to 15 have the first.
 struct TileQ4 {
     static constexpr int kColumns = 64, kBytes = 2 * KV_Q4_BLOCK;
@@ -95,18 +108,27 @@ struct TileQ4 {
         const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};
         const float min[4] = {F16::low(d.min.x), F16::high(d.min.x), F16::low(d.min.y), F16::high(d.min.y)};
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t low = w[i] & 0x0f0f0f0fu, high = w[i] >> 4 & 0x0f0f0f0fu;
-            float s = unsigned_byte<0>(low) * f.x;
-            s = fmaf(unsigned_byte<1>(low), f.y, s);
-            s = fmaf(unsigned_byte<2>(low), f.z, s);
-            s = fmaf(unsigned_byte<3>(low), f.w, s);
-            s = fmaf(unsigned_byte<0>(high), g.x, s);
-            s = fmaf(unsigned_byte<1>(high), g.y, s);
-            s = fmaf(unsigned_byte<2>(high), g.z, s);
-            s = fmaf(unsigned_byte<3>(high), g.w, s);
-            sum[i] = fmaf(scale[i], s, fmaf(min[i], all, sum[i]));
-        }
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], nibbles_times<0>(w[i], f, g), fmaf(min[i], all, sum[i]));
+    }
+};
+
+// The same without a minimum: nibbles less 8 are the digits.
+struct TileQ4S {
+    static constexpr int kColumns = 64, kBytes = 2 * KV_Q4S_BLOCK;
+    struct Data { uint4 v; uint2 scale; };
+    static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int left) {
+        if (lane >= 16 && left <= 32) return {make_uint4(0, 0, 0, 0), make_uint2(0, 0)};
+        const uint8_t *block = tile + KV_Q4S_BLOCK * (lane / 16);
+        return {load16(block + 32 + 16 * (lane % 16)), load8(block + 8 * (lane % 4))};
+    }
+    template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int left, float *sum) {
+        if (lane >= 16 && left <= 32) return;
+        const int from = 32 * (lane / 16) + 8 * (lane % 16 / 4);
+        const float4 f = x.four(from), g = x.four(from + 4);
+        const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
+        const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], nibbles_times<8>(w[i], f, g), sum[i]);
     }
 };
 
@@ -116,6 +138,7 @@ static __host__ __device__ __forceinline__ int64_t weight_block_bytes(int dtype,
     case KV_F32: return k * 64;
     case KV_Q8: return k / KV_GROUP * KV_Q8_BLOCK;
     case KV_Q4: return k / KV_GROUP * KV_Q4_BLOCK;
+    case KV_Q4S: return k / KV_GROUP * KV_Q4S_BLOCK;
     default: return k * 32;
     }
 }
@@ -142,6 +165,13 @@ static __device__ __forceinline__ float2 weight_pair(const kv_weight &w, int64_t
         const int i = c % KV_GROUP, shift = i % 8 / 4 * 4;
         const uint8_t *q = unit + 64 + 64 * (i / 8) + 4 * lane + i % 4;
         return make_float2(scale * (q[0] >> shift & 15) + min, scale * (q[1] >> shift & 15) + min);
+    }
+    case KV_Q4S: {
+        const uint8_t *unit = block + (int64_t)(c / KV_GROUP) * KV_Q4S_BLOCK;
+        const float scale = f16_to_f32(((const uint16_t *)unit)[lane]);
+        const int i = c % KV_GROUP, shift = i % 8 / 4 * 4;
+        const uint8_t *q = unit + 32 + 64 * (i / 8) + 4 * lane + i % 4;
+        return make_float2(scale * ((q[0] >> shift & 15) - 8), scale * ((q[1] >> shift & 15) - 8));
     }
     default: {
         const uint32_t word = ((const uint32_t *)block)[(int64_t)(c / 2) * KV_LANES + lane];

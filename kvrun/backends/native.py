@@ -30,7 +30,7 @@ except OSError as error:
 if lib.kv_abi() != lib.KV_ABI:
     raise NativeMissingError(f"{LIBRARY} has interface {lib.kv_abi()}, this kvrun needs {lib.KV_ABI}; reinstall kvrun")
 
-DTYPES = {"f32": lib.KV_F32, "f16": lib.KV_F16, "bf16": lib.KV_BF16, "q8": lib.KV_Q8, "q4": lib.KV_Q4,
+DTYPES = {"f32": lib.KV_F32, "f16": lib.KV_F16, "bf16": lib.KV_BF16, "q8": lib.KV_Q8, "q4": lib.KV_Q4, "q4s": lib.KV_Q4S,
           "q4_0": lib.KV_GGUF_Q4_0, "q4_1": lib.KV_GGUF_Q4_1, "q5_0": lib.KV_GGUF_Q5_0,
           "q8_0": lib.KV_GGUF_Q8_0, "q4_k": lib.KV_GGUF_Q4_K, "q5_k": lib.KV_GGUF_Q5_K, "q6_k": lib.KV_GGUF_Q6_K}
 """Python's names of storage formats -> enum kv_dtype."""

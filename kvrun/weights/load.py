@@ -17,14 +17,16 @@ from kvrun.weights.source import RawTensor, TensorSource
 
 # What each stored kind becomes in memory: nothing is lost but a rounded scale, and a little of Q5_K and Q6_K (kv_pack in
 # kernels/kvrun.h).
-_PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8",
+_PACKED = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q4_0": "q4s", "q4_1": "q4", "q4_k": "q4", "q5_0": "q8", "q8_0": "q8",
            "q5_k": "q8", "q6_k": "q8"}
+# What else the blocks of a kind become as they are, beside others in one matrix.
+_ALSO = {"q4_0": "q4"}
 # Kinds that have no packed form of their own (GGUF's Q6_K, ...) come dequantized and become this; so do matrices whose
 # parts are quantized differently.
 _REQUANTIZED = "q8"
 WEIGHTS = ("auto", "bf16", "q8", "q4")
 """--weights: as the file has them, or at most so many bits: what is stored in fewer stays as it is."""
-_BY_SIZE = ("f32", "f16", "bf16", "q8", "q4")
+_BY_SIZE = ("f32", "f16", "bf16", "q8", "q4", "q4s")
 _SLICE_VALUES = 1 << 20
 """Values read and packed at a time."""
 
@@ -83,7 +85,12 @@ def layout_as(plan: Plan, dtype_of: Callable[[Weight], str]) -> list[PackedWeigh
 def requantizes(item: PackedWeight, source: TensorSource, refs: Mapping[str, TensorRef]) -> bool:
     """Whether packing computes digits anew, and does not only move the file's."""
     kinds = {source.info(refs[part].name)[0] for part in item.weight.parts}
-    return item.dtype in ("q8", "q4") and any(_PACKED[kind] != item.dtype for kind in kinds)
+    return item.dtype in ("q8", "q4") and not all(_moves(kind, item.dtype) for kind in kinds)
+
+
+def _moves(kind: str, dtype: str) -> bool:
+    """Whether what is stored as `kind` becomes `dtype` without computing digits anew."""
+    return dtype in (_PACKED[kind], _ALSO.get(kind))
 
 
 def weight_bytes(packed: list[PackedWeight]) -> int:
@@ -193,7 +200,7 @@ def _pack_slice(piece: _Slice, arena: Arena, source: TensorSource, refs: Mapping
     target = ffi.new("kv_weight *", {"data": ffi.cast("void *", arena.address + item.offset), "dtype": DTYPES[item.dtype],
                                      "n": item.weight.n, "k": item.weight.k})
     raw = read_part(source, replace(refs[piece.part], start=piece.start, stop=piece.start + piece.rows))
-    if _PACKED[raw.dtype] != item.dtype and raw.dtype not in ("f32", "f16", "bf16"):  # kv_pack requantizes no blocks
+    if not _moves(raw.dtype, item.dtype) and raw.dtype not in ("f32", "f16", "bf16"):  # kv_pack requantizes no blocks
         raw = RawTensor(raw.name, "f32", raw.shape, np.ascontiguousarray(as_float32(raw)).view(np.uint8).reshape(-1))
     if lib.kv_pack(target, piece.row, piece.rows, ffi.from_buffer(raw.data), DTYPES[raw.dtype]) != lib.KV_OK:
         raise ModelError(f"{raw.name}: cannot pack {raw.dtype} {raw.shape} as {item.dtype}")

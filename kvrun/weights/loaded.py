@@ -86,7 +86,7 @@ def _fill(item: PackedWeight, arena: Arena, rng: np.random.Generator) -> None:
 
 def _random_rows(dtype: str, rows: int, k: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """[rows][k] values of variance 1/k in a storage kind that packs into `dtype`, as bytes, and that kind."""
-    if dtype in ("q8", "q4"):  # only blocks of GGUF become these
+    if dtype in ("q8", "q4", "q4s"):  # only blocks of GGUF become these
         kind, codes, levels = ("q8_0", 32, 127) if dtype == "q8" else ("q4_0", 16, 8)
         blocks = np.zeros((rows, k // 32), dtype=[("scale", "<f2"), ("codes", "u1", codes)])
         blocks["scale"] = (3 / k) ** 0.5 / levels  # codes are uniform, of variance levels^2 / 3

@@ -36,9 +36,9 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256)]
 
 
-def write(path: Path, shape: dict, kind: str) -> None:
+def write(path: Path, shape: dict, kind: str, seed: int = 0) -> None:
     """One file; `kind` is that of every matrix, the tied embedding included."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     w = gguf.GGUFWriter(path, shape["arch"])
     w.add_context_length(shape["n_ctx"])
     w.add_embedding_length(shape["hidden"])

@@ -14,6 +14,7 @@ from kvrun.runtime import open_engine
 
 from ..backends.running import logits_of
 from ..backends.test_cache_formats import spread
+from ..backends.test_weight_formats import HELD, BlocksModel
 from ..engine.tiny_model import random_model
 
 
@@ -71,6 +72,14 @@ def test_logits_follow_the_reference(open_tiny, rng, kv, dim, window):
         engine.executor.step(Batch(tokens=[ids[start]], positions=[start], tables=[[t] for t in engine.sequence.tables()], out_rows=[0]))
         decoded.append(engine.executor.logits()[0].copy())
     assert spread(np.stack(decoded), want[122:]) <= 0.3 * cost + 1e-5
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_file_of_blocks(tmp_path, rng, executor, kind):
+    model = BlocksModel(tmp_path, kind, int(rng.integers(2**31)))
+    want = model.logits("reference")
+    for prefill in (True, False):
+        assert spread(model.logits(executor, prefill), want) < (1e-5 if executor == "simt" else 0.02)
 
 
 def test_products_of_many_rows(open_tiny, rng, monkeypatch, executor):

@@ -6,6 +6,7 @@ import pytest
 from kvrun.backends._abi import ffi
 
 from ..kernels.plans import stored
+from ..kernels.test_linear import FORMATS, Matrix
 
 GUARD = np.float32(12345.0)   # what rows above R must still hold afterwards
 
@@ -156,3 +157,16 @@ def test_unpack(device, rng, dtype):
     got = device.get(out, kind, (rows + 1, k))
     np.testing.assert_array_equal(got[:rows], stored(weights[first : first + rows], dtype))
     assert (got[rows:] == 0xABCD).all()
+
+
+@pytest.mark.parametrize("held", FORMATS)
+def test_unpack_of_every_format(device, rng, held):
+    n, k = int(rng.integers(18, 70)), 32 * int(rng.integers(1, 5))
+    matrix = Matrix(rng, held, n, k)
+    w = {"data": ffi.cast("void *", device.put(matrix.bytes)), "dtype": matrix.weight.dtype, "n": n, "k": k}
+    first, rows = int(rng.integers(0, 16)), int(rng.integers(1, n - 16))
+    out = device.put(np.full((rows + 1, k), GUARD))
+    assert device.lib.kv_cuda_unpack(ffi.new("kv_weight *", w), first, rows, ffi.cast("void *", out), device.lib.KV_F32, 0) == 0
+    got = device.get(out, np.float32, (rows + 1, k))
+    np.testing.assert_allclose(got[:rows], matrix.values[first : first + rows], rtol=3e-7, atol=1e-8)
+    assert (got[rows:] == GUARD).all()

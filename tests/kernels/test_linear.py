@@ -6,7 +6,8 @@ import pytest
 from kvrun.backends.native import DTYPES, ISAS, ffi, lib
 
 GRANTED = [isa for isa, number in ISAS.items() if number <= lib.kv_cpu_isa()]
-FORMATS = ["f32", "f16", "bf16", "q8", "q4"]
+FORMATS = ["f32", "f16", "bf16", "q8", "q4", "q4s"]
+BLOCKS = {"q8": ("q8_0", 34, 2), "q4": ("q4_1", 20, 4), "q4s": ("q4_0", 18, 2)}  # GGUF's kind, bytes, and those of its factors
 ROWS = [1, 2, 3, 16, 17, 33, 130]
 
 
@@ -26,11 +27,11 @@ class Matrix:
         start = -room.ctypes.data % 64
         self.bytes = room[start : start + size]
         self.weight = ffi.new("kv_weight *", {"data": ffi.from_buffer(self.bytes), "dtype": DTYPES[dtype], "n": n, "k": k})
-        if dtype in ("q8", "q4"):
-            source, block = ("q8_0", 34) if dtype == "q8" else ("q4_1", 20)
+        if dtype in BLOCKS:
+            source, block, head = BLOCKS[dtype]
             rows = rng.integers(0, 256, (n, k // 32, block), dtype=np.uint8)
-            factors = rng.uniform(0.001, 0.02, (n, k // 32, 2)) * ((1, 1) if dtype == "q8" else (1, -8))
-            rows[..., : 4 if dtype == "q4" else 2] = factors.astype(np.float16).view(np.uint8)[..., : 4 if dtype == "q4" else 2]
+            factors = rng.uniform(0.001, 0.02, (n, k // 32, 2)) * (1, -8)
+            rows[..., :head] = factors.astype(np.float16).view(np.uint8)[..., :head]
         else:
             source, rows = "f32", rng.standard_normal((n, k)).astype(np.float32)
         assert lib.kv_pack(self.weight, 0, n, ffi.from_buffer(rows), DTYPES[source]) == lib.KV_OK
@@ -105,7 +106,7 @@ def check(step: Step, got: np.ndarray, m: Matrix, x: np.ndarray, prefill: bool) 
     """float32 accumulation's bound on |got - x W^T|; on AMX tiles that of weights in bfloat16 and activations in 16 bits; for
     decoding with weights in 8 and 4 bits that of activations in 16 bits, 32 to a scale."""
     x, w, slack = x.astype(np.float64), m.values, 0.0
-    if not prefill and step.name != "plain" and m.weight.dtype in (lib.KV_Q8, lib.KV_Q4):
+    if not prefill and step.name != "plain" and m.weight.dtype in (lib.KV_Q8, lib.KV_Q4, lib.KV_Q4S):
         half_step = np.abs(x).reshape(len(x), -1, 32).max(axis=2) / 32639 / 2 * 1.0001
         slack = half_step @ np.abs(w).reshape(len(w), -1, 32).sum(axis=2).T
     if prefill and step.name == "amx" and m.weight.dtype not in (lib.KV_F32, lib.KV_F16):

@@ -7,8 +7,9 @@ from gguf.quants import dequantize
 
 from kvrun.backends.native import DTYPES, ffi, lib
 
-GGUF = {"q4_0": ("q4", 32, 18), "q4_1": ("q4", 32, 20), "q4_k": ("q4", 256, 144), "q5_0": ("q8", 32, 22), "q8_0": ("q8", 32, 34),
+GGUF = {"q4_0": ("q4s", 32, 18), "q4_1": ("q4", 32, 20), "q4_k": ("q4", 256, 144), "q5_0": ("q8", 32, 22), "q8_0": ("q8", 32, 34),
         "q5_k": ("q8", 256, 176), "q6_k": ("q8", 256, 210)}
+PACKED = [*((kind, dtype) for kind, (dtype, _, _) in GGUF.items()), ("q4_0", "q4")]
 FLOATS = ("f32", "f16", "bf16")
 
 
@@ -137,12 +138,12 @@ def test_what_is_not_finite_stays_so(dtype, value):
 
 
 @pytest.mark.parametrize("n", [1, 16, 40])
-@pytest.mark.parametrize("kind", GGUF)
-def test_gguf_values(rng, kind, n):
+@pytest.mark.parametrize("kind,dtype", PACKED)
+def test_gguf_values(rng, kind, dtype, n):
     k = 512
     rows = gguf_rows(rng, kind, n, k)
     expected = dequantize(rows, GGMLQuantizationType[kind.upper()])
-    packed = Packed(GGUF[kind][0], n, k)
+    packed = Packed(dtype, n, k)
     assert packed.pack(rows, kind) == lib.KV_OK
     got = packed.unpack()
     if kind in ("q5_k", "q6_k"):                                 # a new scale, rounded to float16, and the nearest digit
@@ -151,7 +152,7 @@ def test_gguf_values(rng, kind, n):
         assert (error <= groups / 140 + 127 * 2.0**-25).all()
         return
     if kind != "q4_k":
-        # Exact, but for -8*scale of a q4_0 scale beyond float16's range; none here is.
+        # Exact, but in q4 for -8*scale of a q4_0 scale beyond float16's range; none here is.
         np.testing.assert_array_equal(got, expected)
         return
     # Products of a float16 and a 6-bit factor are rounded to float16, where subnormals are 2^-24 apart.
@@ -162,9 +163,21 @@ def test_gguf_values(rng, kind, n):
     assert (error <= bound * 1.0001).all()
 
 
+def test_symmetric_blocks_keep_every_scale():
+    """All finite float16 scales times all 16 digits come out as they went in, the largest too."""
+    halves = np.arange(1 << 16).astype(np.uint16)
+    scale = halves[np.isfinite(halves.view(np.float16))].reshape(-1, 4)
+    rows = np.empty((len(scale), 4, 18), np.uint8)
+    rows[:, :, :2] = scale[..., None].view(np.uint8)
+    rows[:, :, 2:] = np.arange(16, dtype=np.uint8) * 16 + 15 - np.arange(16, dtype=np.uint8)
+    packed = Packed("q4s", len(scale), 128)
+    assert packed.pack(rows, "q4_0") == lib.KV_OK
+    np.testing.assert_array_equal(packed.unpack(), dequantize(rows.reshape(len(scale), -1), GGMLQuantizationType.Q4_0))
+
+
 @pytest.mark.parametrize("n", [3, 16, 33])
-@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q8_0"])
-def test_gguf_layout(rng, kind, n):
+@pytest.mark.parametrize("kind,dtype", [pair for pair in PACKED if not pair[0].endswith("k")])
+def test_gguf_layout(rng, kind, dtype, n):
     k = 96
     rows = gguf_rows(rng, kind, n, k)
     size = GGUF[kind][2]
@@ -181,19 +194,18 @@ def test_gguf_layout(rng, kind, n):
             digits = ((digits | high << 4).astype(np.int8) - 16).view(np.uint8)
         elif kind == "q4_1":
             minimum = blocks[:, :, 2:4].copy().view(np.float16)[:, :, 0]
-        else:
+        elif dtype == "q4":
             minimum = (scale.astype(np.float32) * -8).astype(np.float16)
-    packed = Packed(GGUF[kind][0], n, k)
+    packed = Packed(dtype, n, k)
     assert packed.pack(rows, kind) == lib.KV_OK
     np.testing.assert_array_equal(packed.bytes, layout(packed.dtype, digits.reshape(n, k), scale, minimum))
 
 
-@pytest.mark.parametrize("kind", [*GGUF, *FLOATS])
-def test_parts_in_any_order(rng, kind):
+@pytest.mark.parametrize("kind,dtype", [*PACKED, *((kind, kind) for kind in FLOATS)])
+def test_parts_in_any_order(rng, kind, dtype):
     """Packing a matrix in pieces, also ones that end inside a block, gives the bytes of packing it whole."""
     n, k = 75, 256
     rows = stored(rng.standard_normal((n, k)).astype(np.float32), kind) if kind in FLOATS else gguf_rows(rng, kind, n, k)
-    dtype = kind if kind in FLOATS else GGUF[kind][0]
     whole, parts = Packed(dtype, n, k), Packed(dtype, n, k)
     assert whole.pack(rows, kind) == lib.KV_OK
     cuts = [0, *sorted(rng.choice(np.arange(1, n), size=5, replace=False)), n]
@@ -288,7 +300,7 @@ def test_quantizing_what_was_quantized_gives_it_back(rng, kind):
         digits = blocks[:, :, 2:]
         digits[digits == 0x80] = 0x81                            # quantizers do not make -128
     exact = dequantize(rows, GGMLQuantizationType[kind.upper()])
-    packed = Packed(GGUF[kind][0], 32, 256)
+    packed = Packed(GGUF[kind][0][:2], 32, 256)                   # floats become no q4s
     for source, tolerance in (("f32", 2.0**-10), ("bf16", 2.0**-6)):
         assert packed.pack(stored(exact, source), source) == lib.KV_OK
         error = np.abs(packed.unpack() - exact).reshape(32, 8, 32).max(axis=2)
@@ -296,7 +308,7 @@ def test_quantizing_what_was_quantized_gives_it_back(rng, kind):
 
 
 def test_sizes():
-    sizes = {"f32": 4 * 16 * 64, "f16": 2 * 16 * 64, "bf16": 2 * 16 * 64, "q8": 2 * 544, "q4": 2 * 320}
+    sizes = {"f32": 4 * 16 * 64, "f16": 2 * 16 * 64, "bf16": 2 * 16 * 64, "q8": 2 * 544, "q4": 2 * 320, "q4s": 2 * 288}
     for dtype, block in sizes.items():
         assert lib.kv_pack_bytes(DTYPES[dtype], 16, 64) == block
         assert lib.kv_pack_bytes(DTYPES[dtype], 33, 64) == 3 * block
@@ -310,7 +322,8 @@ def test_refused(rng):
     packed = Packed("q4", 16, 64)
     before = packed.bytes.copy()
     for dtype, source, row0, count in [("q8", "q4_1", 0, 16), ("q4", "q8_0", 0, 16), ("bf16", "q4_1", 0, 16), ("q8", "q4_k", 0, 16),
-                                       ("f32", "q8_0", 0, 16), ("q4", "q4_1", 1, 16), ("q4", "q4_1", -1, 1), ("q4", "q4_k", 0, 16)]:
+                                       ("f32", "q8_0", 0, 16), ("q4", "q4_1", 1, 16), ("q4", "q4_1", -1, 1), ("q4", "q4_k", 0, 16),
+                                       ("q4s", "q4_1", 0, 16), ("q4s", "q4_k", 0, 16), ("q4s", "f32", 0, 16), ("q4s", "bf16", 0, 16), ("q8", "q4_0", 0, 16)]:
         packed.weight.dtype = DTYPES[dtype]
         assert lib.kv_pack(packed.weight, row0, count, ffi.from_buffer(rows), DTYPES[source]) == lib.KV_BAD_PLAN
     np.testing.assert_array_equal(packed.bytes, before)

@@ -23,8 +23,8 @@ from ..engine.tiny_model import random_model
 
 K = 256
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0", "q4_1": "Q4_1", "q6_k": "Q6_K", "q3_k": "Q3_K"}
-AUTO = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8", "q5_0": "q8", "q4_0": "q4", "q4_1": "q4", "q6_k": "q8", "q3_k": "q8"}
-WORST = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8": 1 / 140, "q4": 0.2}
+AUTO = {"f32": "f32", "f16": "f16", "bf16": "bf16", "q8_0": "q8", "q5_0": "q8", "q4_0": "q4s", "q4_1": "q4", "q6_k": "q8", "q3_k": "q8"}
+WORST = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "q8": 1 / 140, "q4": 0.2, "q4s": 0.0}
 """Largest error of a value, as a share of the largest magnitude of its group; the search for q4 may clip the ends."""
 
 
@@ -80,7 +80,7 @@ def source(draw, write_gguf):
 @pytest.mark.parametrize("weights", load.WEIGHTS)
 @pytest.mark.parametrize("kind", STORED)
 def test_one_kind(source, kind, weights):
-    order = ["f32", "f16", "bf16", "q8", "q4"]
+    order = ["f32", "f16", "bf16", "q8", "q4", "q4s"]
     wanted = AUTO[kind] if weights == "auto" else max(AUTO[kind], weights, key=order.index)
     dtype, got = held(source, weights, kind)
     assert dtype == wanted
@@ -92,14 +92,22 @@ def test_one_kind(source, kind, weights):
         assert (error <= WORST[dtype] * np.abs(exact).reshape(48, -1, 32).max(axis=2) * 1.01).all()
 
 
-@pytest.mark.parametrize("kinds,wanted", [(("q4_0", "q4_1"), "q4"), (("q4_1", "q8_0"), "q8"), (("q5_0", "q6_k"), "q8"), (("bf16", "q4_1"), "bf16"),
-                                          (("f16", "bf16"), "f16"), (("f32", "q8_0"), "f32")], ids=str)
+@pytest.mark.parametrize("kinds,wanted", [(("q4_0", "q4_0"), "q4s"), (("q4_0", "q4_1"), "q4"), (("q4_0", "q8_0"), "q8"), (("q4_1", "q8_0"), "q8"),
+                                          (("q5_0", "q6_k"), "q8"), (("bf16", "q4_1"), "bf16"), (("f16", "bf16"), "f16"), (("f32", "q8_0"), "f32")], ids=str)
 def test_mixtures_take_the_widest(source, kinds, wanted):
     dtype, got = held(source, "auto", *kinds)
     assert dtype == wanted
     exact = np.concatenate([load.as_float32(source.read(kind)) for kind in kinds])
     error = np.abs(got - exact).reshape(96, -1, 32).max(axis=2)
     assert (error <= WORST[dtype] * np.abs(exact).reshape(96, -1, 32).max(axis=2) * 1.01).all()
+
+
+def test_blocks_of_4_bits_side_by_side_are_moved_as_they_are(source):
+    """A matrix with minima in one part has them in all; no digit is computed anew."""
+    dtype, got = held(source, "auto", "q4_0", "q4_1")
+    np.testing.assert_array_equal(got, np.concatenate([load.as_float32(source.read(kind)) for kind in ("q4_0", "q4_1")]))
+    plan, refs = one_matrix(source, "q4_0", "q4_1")
+    assert dtype == "q4" and not load.requantizes(load.layout(plan, source, refs)[0], source, refs)
 
 
 def test_unknown_name(source):
