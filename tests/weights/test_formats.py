@@ -55,7 +55,11 @@ def held(source, weights: str, *names: str) -> tuple[str, np.ndarray]:
     """The format that the tensors are held in under --weights, and the values that are then multiplied with."""
     plan, refs = one_matrix(source, *names)
     packed = load.layout(plan, source, refs, weights)
-    loaded = LoadedWeights.read(packed, plan, source, refs, 2)
+    return unpacked(LoadedWeights.read(packed, plan, source, refs, 2), plan)
+
+
+def unpacked(loaded: LoadedWeights, plan: Plan) -> tuple[str, np.ndarray]:
+    """The one matrix' format and values; closes `loaded`."""
     address, dtype = loaded.matrices["w"]
     n = plan.weights[0].n
     target = ffi.new("kv_weight *", {"data": ffi.cast("void *", address), "dtype": DTYPES[dtype], "n": n, "k": K})
@@ -108,6 +112,14 @@ def test_blocks_of_4_bits_side_by_side_are_moved_as_they_are(source):
     np.testing.assert_array_equal(got, np.concatenate([load.as_float32(source.read(kind)) for kind in ("q4_0", "q4_1")]))
     plan, refs = one_matrix(source, "q4_0", "q4_1")
     assert dtype == "q4" and not load.requantizes(load.layout(plan, source, refs)[0], source, refs)
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_random_weights_of_every_format(source, kind):
+    """Of variance 1/k, in the format that the file's would have."""
+    plan, refs = one_matrix(source, kind)
+    dtype, got = unpacked(LoadedWeights.random(load.layout(plan, source, refs), plan), plan)
+    assert dtype == AUTO[kind] and 0.8 < got.std() * K**0.5 < 1.2
 
 
 def test_unknown_name(source):
