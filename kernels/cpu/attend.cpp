@@ -10,11 +10,12 @@ namespace KV_NS {
 
 static const int PART = 4 * KV_PAGE;       // positions of a part
 static const int MAX_QUERIES = 48;         // queries of a block, unless one row alone has more
+static const int MAX_QUERIES_F16 = 96;     // the same where each block cuts K and V of a page for its tiles
 static const int MAX_RUNS = 64;            // rows of a decode batch
 static const int64_t BATCH_SLOTS_BYTES = 4 << 20;   // part results of a decode batch of several rows
 
 static int rows_of_block(const kv_op_attend &op) {
-    const int rows = MAX_QUERIES / (op.heads / op.kv_heads);
+    const int rows = (TILES && op.cache.k_dtype == KV_F16 ? MAX_QUERIES_F16 : MAX_QUERIES) / (op.heads / op.kv_heads);
     return rows > 0 ? rows : 1;
 }
 static int queries_of_block(const kv_op_attend &op) { return rows_of_block(op) * (op.heads / op.kv_heads); }
@@ -251,7 +252,7 @@ void attend(const kv_op_attend &op, const kv_state &state, kv::Worker &worker) {
     bool in_parts = true;
 #if KV_TILES
     if (is_quantized(op.cache)) pages = attend_pages_int8, in_parts = false;
-    else if (state.prefill && tiles_fit(op)) pages = attend_pages_tiles, in_parts = false;
+    else if (state.prefill && tiles_fit(op)) pages = op.cache.k_dtype == KV_F16 ? attend_pages_tiles<true> : attend_pages_tiles<false>, in_parts = false;
 #else
     if (is_quantized(op.cache)) pages = attend_pages_quant;
 #endif

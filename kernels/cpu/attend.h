@@ -41,8 +41,9 @@ struct Block {
     float *o, *m, *l;                      // the part: [queries][head_dim], [queries], [queries]
     float *total, *total_m, *total_l;      // all parts so far
     float *keep;                           // [queries]
-    uint16_t *q16, *p16, *tail;            // two terms of q and of the probabilities, and a piece of V; for bf16 tiles only
-    int64_t q_term, p_term;
+    uint16_t *q16, *p16, *tail;            // two terms of q and of the probabilities, and a piece of V; for 16-bit tiles only
+    uint16_t *terms;                       // two terms of the K, then of the V, of a KV_F16 page
+    int64_t q_term, p_term, page_term;
     int8_t *q8, *p8;                       // bytes of q and of the probabilities; for int8 tiles only, as what follows
     int64_t q8_rows;
     float *q8_factor, *p8_factor, *k_zero, *p8_zero;
@@ -78,7 +79,7 @@ static inline bool is_quantized(const kv_cache &cache) { return is_quantized(cac
 
 // Lays a block out from `at` on; returns the floats that it takes.
 static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, const kv_cache &cache) {
-    const bool int8 = TILES && is_quantized(cache), bf16 = TILES && !int8;
+    const bool int8 = TILES && is_quantized(cache), bits16 = TILES && !int8 && cache.k_dtype != KV_F32;
     const int64_t n = padded(queries), matrix = n * head_dim;
     float *const begin = at;
     auto take = [&](int64_t floats) {
@@ -98,9 +99,11 @@ static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, c
     b.keep = take(n);
     b.q_term = matrix;
     b.p_term = n * KV_PAGE;
-    b.q16 = (uint16_t *)take(bf16 ? matrix : 0);
-    b.p16 = (uint16_t *)take(bf16 ? b.p_term : 0);
-    b.tail = (uint16_t *)take(bf16 ? 16 * head_dim : 0);
+    b.page_term = (int64_t)KV_PAGE * head_dim;
+    b.q16 = (uint16_t *)take(bits16 ? matrix : 0);
+    b.p16 = (uint16_t *)take(bits16 ? b.p_term : 0);
+    b.tail = (uint16_t *)take(bits16 ? 16 * head_dim : 0);
+    b.terms = (uint16_t *)take(bits16 && cache.k_dtype == KV_F16 ? b.page_term : 0);
     if (int8) {
         const int chunks = chunks_of_k(cache.k_dtype, head_dim), parts = parts_of_k(cache.k_dtype, head_dim);
         const int width = width_of_v(cache.v_dtype, head_dim), widths = head_dim / width;

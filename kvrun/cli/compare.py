@@ -135,8 +135,8 @@ def _report(blueprint: Blueprint, opened: Model, comparison: Comparison, windows
 
     n_ctx = len(windows[0])
     for track in opened.tracks:
-        track.rewind(n_ctx - _STEPS)
-    times = decode_ms(opened.tracks, windows[-1][-_STEPS], rounds=_ROUNDS, steps=_STEPS)
+        track.rewind(n_ctx - _STEPS - 1)         # decode_ms warms up with a step of its own
+    times = decode_ms(opened.tracks, windows[-1][-_STEPS - 1], rounds=_ROUNDS, steps=_STEPS)
     per_token = [token_bytes(blueprint.layouts(track.kv, n_ctx)) for track in opened.tracks]
     return {
         "model": blueprint.files.name, "device": blueprint.shape.device, "threads": blueprint.threads, "n_ctx": n_ctx,

@@ -118,11 +118,13 @@ class Comparison:
 
 def decode_ms(tracks: Items[Track], token: int, *, rounds: int, steps: int = 4) -> list[float]:
     """Milliseconds of one decode step behind what each cache holds now: the median of `rounds`, the tracks taking
-    turns, each the mean of `steps`. The caches are left as they were."""
+    turns, each the mean of `steps` after one that brings this cache into the processor's. The caches are left as they
+    were, and must have room for one token more than `steps`."""
     seconds: list[list[float]] = [[] for _ in tracks]
     for round_ in range(rounds + 1):
         for track, taken in zip(tracks, seconds, strict=True):
-            length, following = track.length, token
+            length = track.length
+            following = track.decode(token)
             started = perf_counter()
             for _ in range(steps):
                 following = track.decode(following)

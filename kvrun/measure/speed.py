@@ -61,7 +61,7 @@ def measure(model: Model, depths: Items[int], *, bandwidth: float | None, repeat
 
 def _speed(model: Model, track: Track, depth: int, ms: float, prefill: float, without: float | None, bandwidth: float | None) -> Speed:
     layouts = model.blueprint.layouts(track.kv, model.n_ctx)
-    mean_depth = depth + (DECODE_STEPS + 1) // 2  # with the row's own token
+    mean_depth = depth + 1 + (DECODE_STEPS + 1) // 2  # behind the step that warms up, with the row's own token
     moved = round(model.blueprint.read_bytes + attended_bytes(model.plan.groups, layouts, mean_depth) + token_bytes(layouts))
     share = None if bandwidth is None else moved / (ms / 1000) / bandwidth
     return Speed(track.kv, depth, prefill, ms, 1000 / ms, moved, share, without)

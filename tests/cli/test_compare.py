@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_the_logits(random_folder, rng, device):
     kvs = ("f16", *(kv for kv in KV_CHOICES if kv != "f16"), "f16")
     windows = [[rng.randrange(256) for _ in range(140)] for _ in range(2)]
     with Blueprint(files, Shape(device, threads=2, max_out=16, prefill_chunk=64)) as blueprint:
-        with Model(blueprint, 140, kvs) as model:
+        with Model(blueprint, 141, kvs) as model:
             comparison = Comparison(model.tracks)
             for window in windows:
                 comparison.add(window)
