@@ -143,6 +143,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 added += p;
             }
             added = warp_sum(added);
+            __syncwarp();                        // all lanes have read top
             if (lane == 0) {
                 keep[n] = length[n] == 0 ? 0.f : expf(before - now);
                 length[n] = fmaf(length[n], keep[n], added);

@@ -27,12 +27,16 @@ static __device__ __forceinline__ void begin_kernel() {
 }
 
 #ifndef KVRUN_SIMT
-// Whether kernels of the current device may overlap as begin_kernel() says.
-inline bool overlaps() {
+// Whether `kernel`, and so every other, may overlap on the current device as begin_kernel() says: PTX of an older architecture that a
+// newer driver compiled waits for nothing.
+inline bool overlaps(const void *kernel) {
     static int known[64];         // by device: 0 not asked yet, 1 no, 2 yes
-    int device = 0, major = 0;
+    int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
-    if (!known[device]) known[device] = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9 ? 2 : 1;
+    if (!known[device]) {
+        cudaFuncAttributes attributes;
+        known[device] = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+    }
     return known[device] == 2;
 }
 #endif
@@ -61,7 +65,7 @@ cudaError_t launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, size
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = overlaps() ? 1 : 0;
+    config.numAttrs = overlaps((const void *)kernel) ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args...);
 #endif
 }

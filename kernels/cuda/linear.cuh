@@ -20,7 +20,7 @@ inline int warps_of(int blocks, int tiles, int most = kMaxWarps) {
 
 // One warp's part of 16 rows of W: tiles warp, warp + warps, ...
 template <class Tile, int ROWS> struct Stream {
-    static constexpr int kAhead = ROWS == 1 ? 8 : 4;      // tiles that a warp has asked for and not used
+    static constexpr int kAhead = ROWS == 1 ? 8 : Tile::kColumns > 32 ? 3 : 4;      // tiles that a warp has asked for and not used
     const uint8_t *w;
     int k, lane, warp, warps, tiles;
     typename Tile::Data data[kAhead];

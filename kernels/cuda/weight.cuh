@@ -77,38 +77,48 @@ struct TileQ8 {
     }
 };
 
-// The nibbles of a row's word, each less ZERO, times its eight columns of x.
-template <int ZERO> static __device__ __forceinline__ float nibbles_times(uint32_t word, const float4 &f, const float4 &g) {
-    const uint32_t low = word & 0x0f0f0f0fu, high = word >> 4 & 0x0f0f0f0fu;
-    float s = unsigned_byte<0, ZERO>(low) * f.x;
-    s = fmaf(unsigned_byte<1, ZERO>(low), f.y, s);
-    s = fmaf(unsigned_byte<2, ZERO>(low), f.z, s);
-    s = fmaf(unsigned_byte<3, ZERO>(low), f.w, s);
-    s = fmaf(unsigned_byte<0, ZERO>(high), g.x, s);
-    s = fmaf(unsigned_byte<1, ZERO>(high), g.y, s);
-    s = fmaf(unsigned_byte<2, ZERO>(high), g.z, s);
-    return fmaf(unsigned_byte<3, ZERO>(high), g.w, s);
-}
+// What a lane has of a tile of two blocks of 32 columns: lanes 0 to 15 have the first. `past` the last column it counts nothing.
+struct Columns4 {
+    bool past;
+    float4 f, g;
+    float all;                                  // sum of f and g
+    template <class Row> __device__ __forceinline__ Columns4(const Row &x, int lane, int left) : past(lane >= 16 && left <= 32) {
+        const int from = (past ? 0 : 32 * (lane / 16)) + 8 * (lane % 16 / 4);
+        f = x.four(from);
+        g = x.four(from + 4);
+        all = ((f.x + f.y) + (f.z + f.w)) + ((g.x + g.y) + (g.z + g.w));
+    }
+    __device__ __forceinline__ uint2 counted(const uint2 &halves) const { return past ? make_uint2(0, 0) : halves; }
+    // The nibbles of a row's word, each less `zero`, times the columns. 8 + c/2 is the float that a nibble is made without a subtraction.
+    __device__ __forceinline__ float times(uint32_t word, float zero) const {
+        const uint32_t low = word << 3 & 0x78787878u, high = word >> 1 & 0x78787878u;
+        float s = fmaf(nibble_from_8<0>(low), f.x, -(8 + zero / 2) * all);
+        s = fmaf(nibble_from_8<1>(low), f.y, s);
+        s = fmaf(nibble_from_8<2>(low), f.z, s);
+        s = fmaf(nibble_from_8<3>(low), f.w, s);
+        s = fmaf(nibble_from_8<0>(high), g.x, s);
+        s = fmaf(nibble_from_8<1>(high), g.y, s);
+        s = fmaf(nibble_from_8<2>(high), g.z, s);
+        s = fmaf(nibble_from_8<3>(high), g.w, s);
+        return s + s;
+    }
+};
 
-// Two blocks of 32 columns: lanes 0 to 15 have the first.
 struct TileQ4 {
     static constexpr int kColumns = 64, kBytes = 2 * KV_Q4_BLOCK;
     struct Data { uint4 v; uint2 scale, min; };
     static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int left) {
-        if (lane >= 16 && left <= 32) return {make_uint4(0, 0, 0, 0), make_uint2(0, 0), make_uint2(0, 0)};
-        const uint8_t *block = tile + KV_Q4_BLOCK * (lane / 16);
+        const uint8_t *block = tile + (lane >= 16 && left > 32 ? KV_Q4_BLOCK : 0);     // past the last column: anything
         return {load16(block + 64 + 16 * (lane % 16)), load8(block + 8 * (lane % 4)), load8(block + 32 + 8 * (lane % 4))};
     }
     template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int left, float *sum) {
-        if (lane >= 16 && left <= 32) return;
-        const int from = 32 * (lane / 16) + 8 * (lane % 16 / 4);
-        const float4 f = x.four(from), g = x.four(from + 4);
-        const float all = ((f.x + f.y) + (f.z + f.w)) + ((g.x + g.y) + (g.z + g.w));
+        const Columns4 columns(x, lane, left);
+        const uint2 scales = columns.counted(d.scale), mins = columns.counted(d.min);
         const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
-        const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};
-        const float min[4] = {F16::low(d.min.x), F16::high(d.min.x), F16::low(d.min.y), F16::high(d.min.y)};
+        const float scale[4] = {F16::low(scales.x), F16::high(scales.x), F16::low(scales.y), F16::high(scales.y)};
+        const float min[4] = {F16::low(mins.x), F16::high(mins.x), F16::low(mins.y), F16::high(mins.y)};
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], nibbles_times<0>(w[i], f, g), fmaf(min[i], all, sum[i]));
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], columns.times(w[i], 0), fmaf(min[i], columns.all, sum[i]));
     }
 };
 
@@ -117,18 +127,16 @@ struct TileQ4S {
     static constexpr int kColumns = 64, kBytes = 2 * KV_Q4S_BLOCK;
     struct Data { uint4 v; uint2 scale; };
     static __device__ __forceinline__ Data load(const uint8_t *tile, int lane, int left) {
-        if (lane >= 16 && left <= 32) return {make_uint4(0, 0, 0, 0), make_uint2(0, 0)};
-        const uint8_t *block = tile + KV_Q4S_BLOCK * (lane / 16);
+        const uint8_t *block = tile + (lane >= 16 && left > 32 ? KV_Q4S_BLOCK : 0);
         return {load16(block + 32 + 16 * (lane % 16)), load8(block + 8 * (lane % 4))};
     }
     template <class Row> static __device__ __forceinline__ void dot(const Data &d, const Row &x, int lane, int left, float *sum) {
-        if (lane >= 16 && left <= 32) return;
-        const int from = 32 * (lane / 16) + 8 * (lane % 16 / 4);
-        const float4 f = x.four(from), g = x.four(from + 4);
+        const Columns4 columns(x, lane, left);
+        const uint2 scales = columns.counted(d.scale);
         const uint32_t w[4] = {d.v.x, d.v.y, d.v.z, d.v.w};
-        const float scale[4] = {F16::low(d.scale.x), F16::high(d.scale.x), F16::low(d.scale.y), F16::high(d.scale.y)};
+        const float scale[4] = {F16::low(scales.x), F16::high(scales.x), F16::low(scales.y), F16::high(scales.y)};
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], nibbles_times<8>(w[i], f, g), sum[i]);
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i], columns.times(w[i], 8), sum[i]);
     }
 };
 

@@ -163,11 +163,16 @@ class CudaExecutor:
             raise ValueError(f"a step of {rows} rows and {out} outputs; the plan has {self.plan.max_rows} and {self.plan.max_out}")
         if not (0 <= min(batch.tokens) and max(batch.tokens) < self.plan.vocab_size):
             raise ValueError(f"a token id outside the vocabulary of {self.plan.vocab_size}")
-        run = self._ahead if self._ahead is not None and self._is_what_ran_ahead(batch) else self._start(batch)
-        self._ahead = None
-        if self._may_run_ahead(batch):
-            self._ahead = self._run_on(run)
-        return self._finish(run, batch)
+        try:
+            run = self._ahead if self._ahead is not None and self._is_what_ran_ahead(batch) else self._start(batch)
+            self._ahead = None
+            if self._may_run_ahead(batch):
+                self._ahead = self._run_on(run)
+            return self._finish(run, batch)
+        except KeyboardInterrupt:                # the next step may not write what a copy still reads
+            self._ahead = None
+            self._device.wait(self._device.mark())
+            raise
 
     def _is_what_ran_ahead(self, batch: Batch) -> bool:
         ahead = self._ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,25 @@ import torch
 from kvrun.backends.cuda import CudaStatus, open_library
 from kvrun.backends.cuda_device import copy
 from kvrun.backends.cuda_product import Product
-from kvrun.errors import OutOfMemoryError
+from kvrun.errors import KvrunError, OutOfMemoryError
 
 _CHUNK_BYTES = 32 << 20
 """Size of each of the two page-locked buffers that weights pass through."""
+
+
+def _in_one_line(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, whose CUDA errors are told in one line. They may be those of work that was launched before."""
+
+    @functools.wraps(call)
+    def told(*args: Any, **settings: Any) -> Any:
+        try:
+            return call(*args, **settings)
+        except torch.OutOfMemoryError:
+            raise OutOfMemoryError("the GPU has no memory left; use a smaller --n-ctx or end other programs on it") from None
+        except RuntimeError as error:
+            raise KvrunError(f"the GPU failed: {str(error).strip().partition(chr(10))[0]}") from error
+
+    return told
 
 
 class TorchMemory:
@@ -35,11 +51,13 @@ class TorchMemory:
         n = int(np.prod(shape))
         return self._bytes[offset : offset + 4 * n].view(torch.float32).view(shape)
 
+    @_in_one_line
     def read(self, offset: int, n_bytes: int) -> np.ndarray:
         """See Memory."""
         torch.cuda.synchronize(self._bytes.device)
         return self._bytes[offset : offset + n_bytes].cpu().numpy()
 
+    @_in_one_line
     def write(self, offset: int, data: np.ndarray) -> None:
         """See Memory."""
         torch.cuda.synchronize(self._bytes.device)
@@ -80,28 +98,33 @@ class TorchDevice:
         self._pinned.append(held)
         return held.numpy()
 
+    @_in_one_line
     def mark(self) -> torch.cuda.Event:
         """See Device."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
+    @_in_one_line
     def wait(self, mark: torch.cuda.Event) -> None:
         """See Device."""
         mark.synchronize()
 
+    @_in_one_line
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Device. The work is recorded and not run."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
 
+        @_in_one_line
         def replay() -> None:
             with torch.cuda.stream(self._stream):
                 graph.replay()
 
         return replay
 
+    @_in_one_line
     def fill(self, memory: TorchMemory, offset: int, data: np.ndarray) -> None:
         """See Device. Through two page-locked buffers in turn, so that reading and copying go on side by side."""
         flat = data.reshape(-1)
@@ -119,13 +142,16 @@ class TorchDevice:
         """See Device."""
         product = Product(self.lib, self.stream)
 
+        @_in_one_line
         def on_stream(*args: Any, **settings: Any) -> None:
             with torch.cuda.stream(self._stream):
                 product(*args, **settings)
 
         return on_stream
 
+    @_in_one_line
     def close(self) -> None:
-        """See Device."""
+        """See Device. What was allocated is closed before."""
         self._stream.synchronize()
         self._staging, self._pinned = [], []
+        torch.cuda.empty_cache()                 # what the next device gets is out of another stream's memory

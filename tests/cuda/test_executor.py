@@ -164,6 +164,25 @@ def test_another_row_than_the_one_that_ran_ahead(open_tiny, rng):
     assert engine.executor.appended == plain.executor.appended
 
 
+def test_a_step_that_ctrl_c_leaves_is_waited_for(open_tiny, rng, monkeypatch):
+    """Its copies may still read what the next step writes. That one gives what it gives without."""
+    engine, ids = open_tiny("cuda"), tokens(rng, 10)
+    wanted = answer(engine, ids, 4)
+    device, wait, waited = engine.executor._device, engine.executor._device.wait, []
+
+    def interrupted(mark):
+        waited.append(mark)
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+        wait(mark)
+
+    monkeypatch.setattr(device, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer(engine, tokens(rng, 6), 8)
+    assert len(waited) == 4 and engine.executor._ahead is None
+    assert answer(engine, ids, 4) == wanted
+
+
 @pytest.mark.parametrize("kv", ["q8", "q4"])
 def test_a_chat_is_saved_and_resumed(open_tiny, tmp_path, kv):
     """Pages and side memory go from the device to the disk and back."""

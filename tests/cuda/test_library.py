@@ -9,7 +9,7 @@ import pytest
 
 from kvrun.backends import cuda
 from kvrun.backends.cuda import LIBRARY, CudaDevice, probe, require, why_not
-from kvrun.errors import UsageError
+from kvrun.errors import KvrunError, UsageError
 from kvrun.runtime import choose_device
 
 from .device_memory import Device
@@ -109,3 +109,17 @@ def test_a_command_on_cuda_ends_with_2_and_one_line(smollm2, capfd):
     assert main(["run", str(smollm2.path), "Hello", "--device", "cuda"]) == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "--device cuda: " in err
+
+
+def test_what_torch_says_of_a_gpu_is_one_line():
+    """Here of one that is not there."""
+    if probe().devices:
+        pytest.skip("there is a device")
+    pytest.importorskip("torch")
+    from kvrun.backends.cuda_torch import TorchDevice
+
+    device = TorchDevice.__new__(TorchDevice)
+    device._stream = None
+    with pytest.raises(KvrunError, match="^the GPU failed: ") as refusal:
+        device.mark()
+    assert refusal.value.exit_code == 1 and "\n" not in str(refusal.value) and refusal.value.__cause__
