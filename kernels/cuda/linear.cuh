@@ -20,7 +20,8 @@ inline int warps_of(int blocks, int tiles, int most = kMaxWarps) {
 
 // One warp's part of 16 rows of W: tiles warp, warp + warps, ...
 template <class Tile, int ROWS> struct Stream {
-    static constexpr int kAhead = ROWS == 1 ? 8 : Tile::kColumns > 32 ? 3 : 4;      // tiles that a warp has asked for and not used
+    // Tiles that a warp has asked for and not used; of 4-bit ones fewer, whose sums need more registers.
+    static constexpr int kAhead = Tile::kColumns > 32 ? (ROWS == 1 ? 6 : 2) : ROWS == 1 ? 8 : 4;
     const uint8_t *w;
     int k, lane, warp, warps, tiles;
     typename Tile::Data data[kAhead];
