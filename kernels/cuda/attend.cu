@@ -209,7 +209,7 @@ static int64_t row_bytes(const kv_op_attend &op, int parts) { return (int64_t)op
 static Tiles tiles_of(const kv_op_attend &op, const kv_cuda_bounds &bounds) {
     Tiles t;
     t.group = op.heads / op.kv_heads;
-    t.tile = !in_tiles(op) ? kPlainTile : bounds.prefill && op.head_dim <= kWideTileDim ? 32 : 16;
+    t.tile = !in_tiles(op) ? kPlainTile : !bounds.prefill ? 8 : op.head_dim <= kWideTileDim ? 32 : 16;
     t.parts = bounds.prefill || bounds.max_pages < 1 ? 1 : bounds.max_pages;
     t.batch_rows = bounds.max_rows;
     if (t.parts > 1 && t.batch_rows > kBatchBytes / row_bytes(op, t.parts)) t.batch_rows = (int)(kBatchBytes / row_bytes(op, t.parts));

@@ -7,7 +7,7 @@ namespace kv {
 
 constexpr int kAttendThreads = 128;
 constexpr int kPlainTile = 4;                   // queries of a block without matrix instructions
-constexpr int kWideTileDim = 128;               // larger heads have tiles of 16 queries: of 32 they need more registers and memory than there are
+constexpr int kWideTileDim = 128;               // larger heads have tiles of 16 prompt queries: of 32 they need more registers and memory than there are
 constexpr float kLowest = -1e30f;               // stands for minus infinity without making NaN of a difference
 constexpr int64_t kBatchBytes = 64 << 20;       // part results of the rows that are worked on at a time
 

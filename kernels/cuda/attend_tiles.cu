@@ -32,11 +32,11 @@ struct TileLayout {
 };
 
 // Sums pages [page, stop) for the tile's queries, rows [begin, end), in shared memory laid out as `at` says. MT: tiles of 16 queries.
-// NG: groups of 32 channels that a warp sums at most. TERMS: of the operands that are made from floats.
-template <int MT, int NG, int TERMS>
+// NG: groups of 32 channels that a warp sums at most. TERMS: of the operands that are made from floats. HALF: tiles of 8 queries.
+template <int MT, int NG, int TERMS, bool HALF>
 static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const kv_state *state, const kv_table &table, const TileSums &tile, int group,
                                                  int end, int page, int stop, float *shared, const TileLayout &at) {
-    constexpr int kTile = 16 * MT;
+    constexpr int kTile = HALF ? 8 : 16 * MT;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, d = op.head_dim;
     const int begin = tile.begin, first = tile.first, queries = tile.queries, kv_head = tile.kv_head;
     float *q = shared + at.q, *factor = shared + at.factor, *score = tile.work, *total = tile.total, *scale_of = shared + at.scale;
@@ -81,7 +81,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         unit[ng] = to;
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            const float low = (kept ? keep[16 * mt + g] : 1.f) * change, high = (kept ? keep[16 * mt + g + 8] : 1.f) * change;
+            const float low = (kept ? keep[16 * mt + g] : 1.f) * change, high = HALF ? low : (kept ? keep[16 * mt + g + 8] : 1.f) * change;
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[ng][mt][i][0] *= low, sum[ng][mt][i][1] *= low, sum[ng][mt][i][2] *= high, sum[ng][mt][i][3] *= high;
         }
@@ -100,10 +100,10 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                         float *low = total + (16 * mt + g) * d + 32 * group_of_channels + 8 * t, *high = low + 8 * d;
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
+                            add_terms<HALF>(sum[ng][mt][i]);
                             low[i] += sum[ng][mt][i][0];
                             low[4 + i] += sum[ng][mt][i][1];
-                            high[i] += sum[ng][mt][i][2];
-                            high[4 + i] += sum[ng][mt][i][3];
+                            if (!HALF) high[i] += sum[ng][mt][i][2], high[4 + i] += sum[ng][mt][i][3];
                             sum[ng][mt][i][0] = sum[ng][mt][i][1] = sum[ng][mt][i][2] = sum[ng][mt][i][3] = 0;
                         }
                     }
@@ -140,16 +140,16 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
             float s[MT][4][4] = {};
             const bool sinks = coded && base == 0 && warp == 0;      // the first block is exact, the second is not
             if (k_dtype == KV_Q8)
-                scores_8<MT, TERMS>({k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}, (const uint16_t *)(k + KV_PAGE * d) + warp * d, d / 2, d, q,
+                scores_8<MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}, (const uint16_t *)(k + KV_PAGE * d) + warp * d, d / 2, d, q,
                                     lane, s);
             else if (k_dtype == KV_F16)
-                scores_16<F16, MT, TERMS>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q, lane, s);
+                scores_16<F16, MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q, lane, s);
             else if (coded)
-                scores_4<MT, TERMS>({k + (int64_t)2 * warp * d * 8, (int64_t)d * 8}, mask, d, factor, lane, s);
+                scores_4<MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 8, (int64_t)d * 8}, mask, d, factor, lane, s);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int half = 0; half < (HALF ? 1 : 2); half++) {
                     const int n = 16 * mt + g + 8 * half;
 #pragma unroll
                     for (int i = 0; i < 4; i++)
@@ -160,7 +160,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 float exact[MT][4][4] = {};
                 const char *from = k_dtype == KV_BF16 ? k : sinks ? side.k_sinks() : side.k_open();
                 // Under `sinks` the second block is read from the first one's place, and thrown away.
-                scores_16<Bf16, MT, TERMS>({from + (int64_t)2 * warp * d * 32, sinks ? 0 : (int64_t)d * 32}, d, q, lane, exact);
+                scores_16<Bf16, MT, TERMS, HALF>({from + (int64_t)2 * warp * d * 32, sinks ? 0 : (int64_t)d * 32}, d, q, lane, exact);
 #pragma unroll
                 for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -172,7 +172,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
 #pragma unroll
             for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
+                for (int half = 0; half < (HALF ? 1 : 2); half++) {
                     const int n = 16 * mt + g + 8 * half;
                     if (n >= queries) continue;
                     float *to = score + n * KV_PAGE + token0 + 8 * t;
@@ -241,26 +241,27 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                     const float near_one = power_near_one(greatest(scales, some, lane));
                     rescale(ng, true, near_one);
                     if (dtype == KV_Q8) {
-                        sums_8<MT, TERMS>(from, channel, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                        sums_8<MT, TERMS, HALF>(from, channel, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
                     } else {
                         float rest[MT][2] = {};
                         const uint16_t *zeros = scales + d / of_group * KV_PAGE;
-                        sums_4<MT, TERMS>(from, channel, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
+                        sums_4<MT, TERMS, HALF>(from, channel, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
 #pragma unroll
                         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-                            for (int half = 0; half < 2; half++) {
+                            for (int half = 0; half < (HALF ? 1 : 2); half++) {
                                 float r = rest[mt][half];
                                 r += __shfl_xor_sync(kAllLanes, r, 1);
                                 r += __shfl_xor_sync(kAllLanes, r, 2);
+                                r *= near_one;
 #pragma unroll
                                 for (int i = 0; i < 4; i++) sum[ng][mt][i][2 * half] += r, sum[ng][mt][i][2 * half + 1] += r;
                             }
                     }
                 } else {
                     if (!exact) rescale(ng, true, 1);
-                    if (dtype == KV_F16) sums_16<F16, MT, TERMS>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
-                    else sums_16<Bf16, MT, TERMS>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                    if (dtype == KV_F16) sums_16<F16, MT, TERMS, HALF>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                    else sums_16<Bf16, MT, TERMS, HALF>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
                 }
             }
             if (exact) {
@@ -273,12 +274,12 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     flush();
 }
 
-template <int MT, int NG, int TERMS>
+template <int MT, int NG, int TERMS, bool HALF>
 static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2)
 attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
     begin_kernel();
     KV_DYNAMIC_SHARED(float, shared);
-    constexpr int kTile = 16 * MT;
+    constexpr int kTile = HALF ? 8 : 16 * MT;
     const int group = tiles.group, rows_end = row0 + tiles.batch_rows < state->n_rows ? row0 + tiles.batch_rows : state->n_rows;
     const int begin = row0 + (int)blockIdx.z / tiles.pieces * tiles.tile_rows;
     if (begin >= rows_end) return;
@@ -290,13 +291,15 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
     const TileLayout at(op, kTile);
     const TileSums tile = {begin, first, queries, (int)blockIdx.y, shared + at.total, shared + at.top, shared + at.length, shared + at.score};
     attend_parts(op, state, tiles, row0, out, table, end, tile,
-                 [&](int page, int stop) { sum_pages<MT, NG, TERMS>(op, state, table, tile, group, end, page, stop, shared, at); });
+                 [&](int page, int stop) { sum_pages<MT, NG, TERMS, HALF>(op, state, table, tile, group, end, page, stop, shared, at); });
 }
 
 cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid,
                                 cudaStream_t stream) {
     const size_t shared = sizeof(float) * (size_t)TileLayout(op, t.tile).end;
-    const auto kernel = t.tile == 32 ? attend_tiles<2, 1, 1> : op.head_dim <= kWideTileDim ? attend_tiles<1, 1, 2> : attend_tiles<1, 2, 2>;
+    const bool wide = op.head_dim > kWideTileDim;
+    const auto kernel = t.tile == 32 ? attend_tiles<2, 1, 1, false> : t.tile == 16 ? attend_tiles<1, 2, 2, false>
+                        : wide ? attend_tiles<1, 2, 2, true> : attend_tiles<1, 1, 2, true>;
     return launch_shared(kernel, grid, kAttendThreads, shared, stream, op, state, t, row0, results);
 }
 

@@ -1,5 +1,5 @@
 // attend_tiles.cuh - scores and weighted sums of a page on the tensor cores, by one warp: cached words become operands as they
-// are loaded. MT: tiles of 16 queries. TERMS: of the operands that are made from floats (mma.cuh).
+// are loaded. MT: tiles of 16 queries. TERMS: of the operands that are made from floats, HALF: their terms share one operand, for 8 queries (mma.cuh).
 #pragma once
 #include "attend.cuh"
 #include "mma.cuh"
@@ -17,7 +17,7 @@ struct TokenBlocks {
     }
 };
 
-template <class H, int MT, int TERMS>
+template <class H, int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const float *q, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
@@ -25,10 +25,10 @@ static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, 
         const uint4 low = k.words(8 * s + t, lane), high = k.words(8 * s + 4 + t, lane);
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS> a;
+            OperandA<H, TERMS, HALF> a;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 x = *(const float2 *)(q + (16 * mt + g + i % 2 * 8) * dim + 16 * s + 2 * t + i / 2 * 8);
+                const float2 x = *(const float2 *)(q + (16 * mt + g + (HALF ? 0 : i % 2 * 8)) * dim + 16 * s + 2 * t + i / 2 * 8);
                 a.set(i, x.x, x.y);
             }
             a.multiply(sum[mt][0], low.x, high.x);
@@ -37,12 +37,14 @@ static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, 
             a.multiply(sum[mt][3], low.w, high.w);
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4 * MT; i++) add_terms<HALF>(sum[i / 4][i % 4]);
 }
 
 // A of rows g and g + 8, four channels of each: at x and at x + 8 rows.
-template <int TERMS>
-static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS> &a, const float *x, int stride) {
-    const float4 first = *(const float4 *)x, second = *(const float4 *)(x + 8 * stride);
+template <int TERMS, bool HALF>
+static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS, HALF> &a, const float *x, int stride) {
+    const float4 first = *(const float4 *)x, second = *(const float4 *)(HALF ? x : x + 8 * stride);
     a.set(0, first.x, first.y);
     a.set(1, second.x, second.y);
     a.set(2, first.z, first.w);
@@ -50,7 +52,7 @@ static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS> &a, const 
 }
 
 // scales: f16 [dim/32][16] of the first block of tokens, those of the other one scale_stride further.
-template <int MT, int TERMS>
+template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint16_t *scales, int scale_stride, int dim, const float *q, int lane,
                                                 float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
@@ -62,7 +64,7 @@ static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint
             const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
-                OperandA<F16, TERMS> a;
+                OperandA<F16, TERMS, HALF> a;
                 set_quads(a, q + (16 * mt + g) * dim + 16 * s + 4 * t, dim);
 #pragma unroll
                 for (int i = 0; i < 4; i++) a.multiply(part[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
@@ -75,14 +77,16 @@ static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint
 #pragma unroll
         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
+                add_terms<HALF>(part[mt][i]);
 #pragma unroll
-                for (int c = 0; c < 4; c++) sum[mt][i][c] = fmaf(scale[c % 2][i], part[mt][i][c], sum[mt][i][c]);
+                for (int c = 0; c < (HALF ? 2 : 4); c++) sum[mt][i][c] = fmaf(scale[c % 2][i], part[mt][i][c], sum[mt][i][c]);
+            }
     }
 }
 
 // factor and mask as prepare_q4 makes them.
-template <int MT, int TERMS>
+template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void scores_4(const TokenBlocks &k, const uint32_t *mask, int dim, const float *factor, int lane,
                                                 float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
@@ -91,7 +95,7 @@ static __device__ __forceinline__ void scores_4(const TokenBlocks &k, const uint
         const uint32_t w[4] = {v.x, v.y, v.z, v.w}, low = mask[4 * s + t];
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<F16, TERMS> high_codes, low_codes;
+            OperandA<F16, TERMS, HALF> high_codes, low_codes;
             const float *at = factor + (16 * mt + g) * dim + 8 * (4 * s + t);
             set_quads(high_codes, at, dim);
             set_quads(low_codes, at + 4, dim);
@@ -102,6 +106,8 @@ static __device__ __forceinline__ void scores_4(const TokenBlocks &k, const uint
             }
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4 * MT; i++) add_terms<HALF>(sum[i / 4][i % 4]);
 }
 
 // 0xffff in each half of a word of two tokens that are in [low, high).
@@ -113,7 +119,7 @@ static __device__ __forceinline__ uint32_t inside(int token, Slots slots) {
 // Weighted sums of 32 channels by a warp: sum[mt][i] is operand D whose column c is channel 4c + i. v: of a 16-bit page word 0
 // of the first of them, a word row having `dim` words; of a quantized one the page, with their first channel.
 // Tokens [from, to), multiples of 32, of which those in `slots` count. weight: [tile][128].
-template <class H, int MT, int TERMS>
+template <class H, int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const float *weight, Slots slots, int lane,
                                                float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
@@ -129,10 +135,10 @@ static __device__ __forceinline__ void sums_16(const char *v, int dim, int from,
         }
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS> a;
+            OperandA<H, TERMS, HALF> a;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float2 p = *(const float2 *)(weight + (16 * mt + g + i % 2 * 8) * KV_PAGE + 16 * s + 2 * t + i / 2 * 8);
+                const float2 p = *(const float2 *)(weight + (16 * mt + g + (HALF ? 0 : i % 2 * 8)) * KV_PAGE + 16 * s + 2 * t + i / 2 * 8);
                 a.set(i, p.x, p.y);
             }
             a.multiply(sum[mt][0], low.x, high.x);
@@ -148,16 +154,23 @@ static __device__ __forceinline__ float4 halves4(const uint16_t *p) {
     return make_float4(F16::low(v.x), F16::high(v.x), F16::low(v.y), F16::high(v.y));
 }
 
-// p*scale for four tokens from `token` on, zero for those that do not count.
-static __device__ __forceinline__ float4 folded(const float *p, const float4 &scale, int token, Slots slots) {
-    const float4 x = *(const float4 *)p;
-    return make_float4(token >= slots.low && token < slots.high ? x.x * scale.x : 0.f,
-                       token + 1 >= slots.low && token + 1 < slots.high ? x.y * scale.y : 0.f,
-                       token + 2 >= slots.low && token + 2 < slots.high ? x.z * scale.z : 0.f,
-                       token + 3 >= slots.low && token + 3 < slots.high ? x.w * scale.w : 0.f);
+// x for the four tokens from `token` on, zero for those that do not count.
+static __device__ __forceinline__ float4 counted(const float4 &x, int token, Slots slots) {
+    return make_float4(token >= slots.low && token < slots.high ? x.x : 0.f, token + 1 >= slots.low && token + 1 < slots.high ? x.y : 0.f,
+                       token + 2 >= slots.low && token + 2 < slots.high ? x.z : 0.f, token + 3 >= slots.low && token + 3 < slots.high ? x.w : 0.f);
 }
 
-template <int TERMS> static __device__ __forceinline__ void set_rows(OperandA<F16, TERMS> &a, const float4 &first, const float4 &second) {
+// p*scale for four tokens; p is a number for every token of a page.
+static __device__ __forceinline__ float4 folded(const float *p, const float4 &scale) {
+    const float4 x = *(const float4 *)p;
+    return make_float4(x.x * scale.x, x.y * scale.y, x.z * scale.z, x.w * scale.w);
+}
+static __device__ __forceinline__ float dot(const float *p, const float4 &y) {
+    const float4 x = *(const float4 *)p;
+    return fmaf(x.x, y.x, x.y * y.y) + fmaf(x.z, y.z, x.w * y.w);
+}
+
+template <int TERMS, bool HALF> static __device__ __forceinline__ void set_rows(OperandA<F16, TERMS, HALF> &a, const float4 &first, const float4 &second) {
     a.set(0, first.x, first.y);
     a.set(1, second.x, second.y);
     a.set(2, first.z, first.w);
@@ -165,7 +178,7 @@ template <int TERMS> static __device__ __forceinline__ void set_rows(OperandA<F1
 }
 
 // scales: f16 [128] of these channels; `unit`: brings them near 1.
-template <int MT, int TERMS>
+template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_8(const char *v, int channel, const uint16_t *scales, float unit, int from, int to,
                                               const float *weight, Slots slots, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
@@ -175,20 +188,20 @@ static __device__ __forceinline__ void sums_8(const char *v, int channel, const 
         const int token = 16 * s + 4 * t;
         const uint4 d = load16(v + kv_v8_index(token, channel + 4 * g));
         const uint32_t w[4] = {d.x, d.y, d.z, d.w};
-        const float4 f = halves4(scales + token), scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit);
+        const float4 f = counted(halves4(scales + token), token, slots), scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit);
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<F16, TERMS> a;
+            OperandA<F16, TERMS, HALF> a;
             const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-            set_rows(a, folded(p, scale, token, slots), folded(p + 8 * KV_PAGE, scale, token, slots));
+            set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * KV_PAGE, scale));
 #pragma unroll
             for (int i = 0; i < 4; i++) a.multiply(sum[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
         }
     }
 }
 
-// As sums_8; zeros: f16 [128]. What they add to each channel of rows g and g + 8 goes to rest[mt][2], times unit, in parts by lane.
-template <int MT, int TERMS>
+// As sums_8; zeros: f16 [128]. What they add to each channel of rows g and g + 8 goes to rest[mt][2], in parts by lane.
+template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_4(const char *v, int channel, const uint16_t *scales, const uint16_t *zeros, float unit,
                                               int from, int to, const float *weight, Slots slots, int lane, float (*sum)[4][4], float (*rest)[2]) {
     const int g = lane / 4, t = lane % 4;
@@ -199,17 +212,15 @@ static __device__ __forceinline__ void sums_4(const char *v, int channel, const 
 #pragma unroll
         for (int half = 0; half < 2; half++) {                       // low nibbles: four tokens, high ones: the next four
             const int token = 32 * s + 8 * t + 4 * half;
-            const float4 f = halves4(scales + token), z = halves4(zeros + token);
+            const float4 f = counted(halves4(scales + token), token, slots), zero = counted(halves4(zeros + token), token, slots);
             const float4 scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit);
-            const float4 zero = make_float4(z.x * unit, z.y * unit, z.z * unit, z.w * unit);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
-                OperandA<F16, TERMS> a;
+                OperandA<F16, TERMS, HALF> a;
                 const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-                set_rows(a, folded(p, scale, token, slots), folded(p + 8 * KV_PAGE, scale, token, slots));
-                const float4 x = folded(p, zero, token, slots), y = folded(p + 8 * KV_PAGE, zero, token, slots);
-                rest[mt][0] += (x.x + x.y) + (x.z + x.w);
-                rest[mt][1] += (y.x + y.y) + (y.z + y.w);
+                set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * KV_PAGE, scale));
+                rest[mt][0] += dot(p, zero);
+                if (!HALF) rest[mt][1] += dot(p + 8 * KV_PAGE, zero);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint32_t codes = w[i] >> 4 * half & 0x0f0f0f0fu;

@@ -42,19 +42,28 @@ static __device__ __forceinline__ uint32_t half2_minus(uint32_t a, uint32_t b) {
 }
 #endif
 
-// A operand from floats. TERMS 2: what the first rounding loses is a second operand, so that about twice the bits count.
-template <class H, int TERMS> struct OperandA {
-    uint32_t a[TERMS][4];
+// A operand from floats. TERMS 2: what the first rounding loses is a second operand, so that about twice the bits count. HALF: it is the
+// second half of one operand instead, rows 8 to 15, so that one product does both for eight rows; their sums are added in the end.
+template <class H, int TERMS, bool HALF> struct OperandA {
+    static_assert(!HALF || TERMS == 2, "halves are two terms");
+    static constexpr int kOperands = HALF ? 1 : TERMS;
+    uint32_t a[kOperands][4];
 
+    // i: as a[] above. HALF: rows g alone, i even.
     __device__ __forceinline__ void set(int i, float x, float y) {
+        if (HALF && i % 2) return;
         a[0][i] = pack2<H>(x, y);
-        if (TERMS == 2) a[TERMS - 1][i] = pack2<H>(x - H::low(a[0][i]), y - H::high(a[0][i]));
+        if (TERMS == 2) a[kOperands - 1][HALF ? i + 1 : i] = pack2<H>(x - H::low(a[0][i]), y - H::high(a[0][i]));
     }
     __device__ __forceinline__ void multiply(float *d, uint32_t b0, uint32_t b1) const {
 #pragma unroll
-        for (int term = 0; term < TERMS; term++) mma<H>(d, a[term], b0, b1);
+        for (int i = 0; i < kOperands; i++) mma<H>(d, a[i], b0, b1);
     }
 };
+// Adds the terms' sums up, where they are apart.
+template <bool HALF> static __device__ __forceinline__ void add_terms(float *d) {
+    if (HALF) d[0] += d[2], d[1] += d[3], d[2] = d[3] = 0;
+}
 
 // Bytes 0, 1 (2, 3) of a word as two halves, exactly: a byte in the low bits of 1024 is 1024 + byte.
 static __device__ __forceinline__ uint32_t unsigned_halves(uint32_t word, bool upper) {
