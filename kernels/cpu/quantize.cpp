@@ -2,10 +2,14 @@
 //
 // Both formats try several steps; for each, the digits are rounded and the best scale (and minimum) for them follows by
 // least squares, as in llama.cpp's make_qkx2_quants. Its squared error is known from the sums alone.
+//
+// Weights that were quantized before lie on a coarse grid, low + j*step with j in 0..31. Eight bits have room for several digits
+// to such a step: with a whole number of them, only the place of the whole grid is rounded, and no value on its own.
 #include "quantize.h"
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "../kvrun.h"
 #include "half.h"
@@ -69,6 +73,66 @@ double squared_error(const Sums &s, double scale, double min) {
     return s.xx - 2 * scale * s.qx - 2 * min * s.x + scale * scale * s.qq + 2 * scale * min * s.q + N * min * min;
 }
 
+// J, if all values lie on low + j*(high - low)/J; else 0. Of 16..31, which have multiples of all below.
+inline __attribute__((always_inline)) int grid_of(const float *x, Range r) {
+    constexpr float NEAR = 0.2f;                 // in steps of the grid: what bfloat16 may have moved a value by, and its ends
+    constexpr int FEWEST = 16;
+    const float inverse = 1 / (r.high - r.low);
+    if (!(inverse > 0 && inverse < INFINITY)) return 0;
+    const Lanes zero{}, fewer = {16, 17, 18, 19, 20, 21, 22, 23}, more = fewer + LANES;
+    Lanes off_fewer = zero, off_more = zero;     // squared distance of the value farthest from each grid
+    for (int i = 0; i < N; i += LANES) {         // most groups end with the first eight values
+        for (int c = i; c < i + LANES; c++) {
+            const Lanes y = zero + (x[c] - r.low) * inverse;
+            Lanes a = y * fewer, b = y * more;
+            a -= (a + MAGIC) - MAGIC;
+            b -= (b + MAGIC) - MAGIC;
+            a *= a;
+            b *= b;
+            off_fewer = a > off_fewer ? a : off_fewer;
+            off_more = b > off_more ? b : off_more;
+        }
+        const Lanes off = off_fewer < off_more ? off_fewer : off_more;
+        bool any = false;
+        for (int l = 0; l < LANES; l++) any |= off[l] < NEAR * NEAR;
+        if (!any) return 0;
+    }
+    for (int l = 0; l < 2 * LANES; l++)
+        if ((l < LANES ? off_fewer[l] : off_more[l - LANES]) < NEAR * NEAR) return FEWEST + l;
+    return 0;
+}
+
+// Takes a whole number of digits to each of `steps` steps of a grid, if that errs by less than `best`.
+void quantize_grid(const float *x, Range r, int steps, double best, uint16_t *scale, int8_t *q) {
+    constexpr int TRIES = 16;
+    const double inverse = steps / ((double)r.high - r.low);
+    int place[N], common = steps;
+    for (int c = 0; c < N; c++) {
+        place[c] = (int)(((double)x[c] - r.low) * inverse + 0.5);
+        if (common > 1) common = std::gcd(common, place[c]);
+    }
+    steps /= common;
+    Sums s{};
+    for (int c = 0; c < N; c++) {
+        const double j = place[c] /= common, v = x[c];
+        s.q += j, s.qq += j * j, s.x += v, s.qx += j * v, s.xx += v * v;
+    }
+    // Where zero lies, in steps, by the line of least squares through all values: the ends alone are as rounded as the rest.
+    const double step = (N * s.qx - s.q * s.x) / (N * s.qq - s.q * s.q), zero = (step * s.q - s.x) / (N * step);
+    int digits = 0, first = 0;
+    for (int n = 254 / steps, tries = TRIES; n > 0 && tries > 0; n--) {
+        const double k = std::nearbyint(-n * zero);              // the digit of the lowest value
+        if (!(k >= -127 && k + n * steps <= 127)) continue;
+        tries--;
+        const Sums d{n * s.q + k * N, n * n * s.qq + 2 * n * k * s.q + k * k * N, s.x, n * s.qx + k * s.x, s.xx};
+        const uint16_t half = kv::f32_to_f16((float)(d.qx / d.qq));
+        const double error = squared_error(d, kv::f16_to_f32(half), 0);
+        if (error < best) best = error, *scale = half, digits = n, first = (int)k;
+    }
+    if (digits > 0)
+        for (int c = 0; c < N; c++) q[c] = (int8_t)(first + digits * place[c]);
+}
+
 }  // namespace
 
 WIDE void kv::quantize_q8(const float *x, uint16_t *scale, int8_t *q) {
@@ -84,7 +148,8 @@ WIDE void kv::quantize_q8(const float *x, uint16_t *scale, int8_t *q) {
     }
     float digit[N];
     double best = INFINITY;
-    for (int i = 0; i < TRIES; i++) {
+    const int steps = grid_of(x, r), tries = steps ? TRIES / 2 : TRIES;   // a grid has more below
+    for (int i = 0; i < tries; i++) {
         const Sums s = round_to(x, (127 - STEP * i) / top, 0, -127, 127, digit);
         const uint16_t half = f32_to_f16((float)(s.qx / s.qq));
         const double error = squared_error(s, f16_to_f32(half), 0);
@@ -94,6 +159,7 @@ WIDE void kv::quantize_q8(const float *x, uint16_t *scale, int8_t *q) {
             for (int c = 0; c < N; c++) q[c] = (int8_t)(int)digit[c];
         }
     }
+    if (steps) quantize_grid(x, r, steps, best, scale, q);
 }
 
 WIDE void kv::quantize_q4(const float *x, uint16_t *scale, uint16_t *min, uint8_t *q) {

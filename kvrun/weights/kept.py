@@ -26,7 +26,7 @@ from kvrun.weights.blob import open_file, read_bytes, read_into, samples
 from kvrun.weights.load import PackedWeight, requantizes
 from kvrun.weights.source import TensorSource
 
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8s32s32sQ")  # magic, what it was made from, samples of the data, bytes of data
 _MAGIC = b"KVRUNPK\0"
 _START = 4096                          # of the data

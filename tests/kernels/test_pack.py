@@ -258,6 +258,37 @@ def test_floats_to_q8(rng, source):
     assert np.median(error[wide] / plain[wide]) < 0.95
 
 
+def least_q8_error(groups: np.ndarray) -> np.ndarray:
+    """Squared error of each group [n, 32] under the best of 6000 scales, each fitted to its digits by least squares."""
+    x = groups.astype(np.float64)
+    top, least = np.abs(x).max(axis=1, keepdims=True), np.full(len(x), np.inf)
+    for steps in np.linspace(10, 127.4, 6000):
+        digits = np.clip(np.rint(x * (steps / top)), -127, 127)
+        scale = (digits * x).sum(axis=1, keepdims=True) / (digits * digits).sum(axis=1, keepdims=True)
+        least = np.minimum(least, ((digits * scale - x) ** 2).sum(axis=1))
+    return least
+
+
+@pytest.mark.parametrize("source", ["f32", "bf16"])
+@pytest.mark.parametrize(("levels", "centred", "most"), [(16, True, 0.15), (16, False, 0.35), (32, True, 0.15), (32, False, 0.5)])
+def test_values_on_a_coarse_grid_are_hardly_rounded_again(rng, levels, centred, most, source):
+    """q8 of what Q4_0, Q5_0 (zero is on the grid), Q4_1, Q4_K, Q5_1 or Q5_K hold: nearly the least error that q8 has for
+    them, and a fraction of the plain scale's."""
+    n, k = 16, 256
+    digits = np.clip(np.rint(rng.standard_normal((n * k // 32, 32)) * levels / 6 + levels / 2), 0, levels - 1)
+    digits[:, 0], digits[:, 1] = 0, levels - 1                   # quantizers use the whole grid
+    start = levels / 2 if centred else rng.uniform(0.3, 0.7, (len(digits), 1)) * (levels - 1)
+    x = ((digits - start) * 10.0 ** rng.uniform(-3, 0, (len(digits), 1))).astype(np.float32)
+    bits = stored(x, source)
+    x = x if source == "f32" else from_bf16(bits)
+    packed = Packed("q8", n, k)
+    assert packed.pack(bits.reshape(n, k), source) == lib.KV_OK
+    unit = np.abs(x).max(axis=1) ** 2.0                          # each group counts alike
+    error = (((packed.unpack().reshape(x.shape) - x).astype(np.float64) ** 2).sum(axis=1) / unit).sum()
+    assert error < most * (plain_q8_error(x) / unit).sum()
+    assert error < 1.1 * (least_q8_error(x) / unit).sum() + 32 * 2.0**-24 * len(x)   # the scale is a half
+
+
 def plain_q4_error(groups: np.ndarray) -> np.ndarray:
     """Squared error of each group [..., 32] under scale = (max - min)/15 and that minimum, in halves."""
     low = half(groups.min(axis=-1, keepdims=True))
