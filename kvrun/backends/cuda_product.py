@@ -54,17 +54,19 @@ class Product:
             rows = min(step, n - row)
             to = ffi.cast("void *", panel.data_ptr())
             check(self._lib, self._lib.kv_cuda_unpack(ffi.addressof(weight), row, rows, to, DTYPES[stored], self._stream))
+            target = out[:, row : row + rows]
+            y = torch.empty_like(target) if accumulate else target
             if dtype == torch.float32:
-                y = torch.mm(narrow, panel[:rows].t())
+                torch.mm(narrow, panel[:rows].t(), out=y)
             elif x.is_cuda:
-                y = torch.mm(narrow, panel[:rows].t(), out_dtype=torch.float32)
+                torch.mm(narrow, panel[:rows].t(), out_dtype=torch.float32, out=y)
             else:  # torch has no such product on a CPU
-                y = torch.mm(narrow.float(), panel[:rows].float().t())
+                torch.mm(narrow.float(), panel[:rows].float().t(), out=y)
             if bias is not None:
                 y += bias[row : row + rows]
             if softcap > 0:
                 y.mul_(scale / softcap).tanh_().mul_(softcap)
             elif scale != 1.0:
                 y.mul_(scale)
-            target = out[:, row : row + rows]
-            target.add_(y) if accumulate else target.copy_(y)
+            if accumulate:
+                target += y
