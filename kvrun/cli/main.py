@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 
 from kvrun import __version__
-from kvrun.cli import bench, chat, compare, doctor, ls, plan, pull, rm, run, session, show, verify
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams, termination
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 
-app = typer.Typer(name="kvrun", add_completion=True, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+_COMMANDS = {
+    "run": "Print one answer of MODEL.", "chat": "Talk with MODEL.", "plan": "Show what MODEL takes, before it is loaded.",
+    "compare": "Show what cache formats cost, on a text of yours.", "bench": "Measure MODEL's speed by depth and format.",
+    "pull": "Fetch MODEL, or what is missing of it.", "ls": "List the models on this machine.", "show": "Show what MODEL is.",
+    "verify": "Check every file of MODEL.", "rm": "Delete what kvrun holds of MODEL.",
+    "doctor": "Show what kvrun uses here, and why not better.", "session": ""}
+"""Name, which is also that of the module and of the function or group in it, and what `kvrun --help` says."""
+
+
+def command_line(names: Iterable[str] = _COMMANDS) -> typer.Typer:
+    """The command line with these of its commands. Only their modules are imported."""
+    app = typer.Typer(name="kvrun", callback=kvrun, add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                      context_settings={"help_option_names": ["-h", "--help"]})
+    for name in names:
+        command = getattr(importlib.import_module(f"kvrun.cli.{name}"), name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command)
+        else:
+            app.command(name, short_help=_COMMANDS[name])(command)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -27,7 +46,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def kvrun(version: Annotated[bool, typer.Option(
         "--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
     """Run a language model on this machine.
@@ -44,15 +62,6 @@ def kvrun(version: Annotated[bool, typer.Option(
     9 input or output, 130/141/143 SIGINT/SIGPIPE/SIGTERM.
     """
 
-
-for command, what in {
-        run.run: "Print one answer of MODEL.", chat.chat: "Talk with MODEL.", plan.plan: "Show what MODEL takes, before it is loaded.",
-        compare.compare: "Show what cache formats cost, on a text of yours.", bench.bench: "Measure MODEL's speed by depth and format.",
-        pull.pull: "Fetch MODEL, or what is missing of it.", ls.ls: "List the models on this machine.", show.show: "Show what MODEL is.",
-        verify.verify: "Check every file of MODEL.", rm.rm: "Delete what kvrun holds of MODEL.",
-        doctor.doctor: "Show what kvrun uses here, and why not better."}.items():
-    app.command(command.__name__, short_help=what)(command)
-app.add_typer(session.session)
 
 _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""
@@ -77,7 +86,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    command = typer.main.get_command(app)
+    named = args[:1] if args and args[0] in _COMMANDS else _COMMANDS   # setting up all of them takes 25 ms
+    command = typer.main.get_command(command_line(named))
     if "_KVRUN_COMPLETE" in os.environ:  # asked by the shell, in the words of its completion script
         command.main(args, prog_name="kvrun", standalone_mode=False)
         return 0

@@ -7,11 +7,11 @@ import sys
 import pytest
 import typer
 
-from kvrun.cli.main import app
+from kvrun.cli.main import command_line
 
 from ..engine.tiny_model import random_model, scripted_model
 
-COMMAND = typer.main.get_command(app)
+COMMAND = typer.main.get_command(command_line())
 LEAVES = {name: command for name, command in COMMAND.commands.items() if not hasattr(command, "commands")}
 LEAVES |= {f"{group} {name}": command for group, members in COMMAND.commands.items() for name, command in getattr(members, "commands", {}).items()}
 NETWORK = ("pull", "rm")  # tests/hub has those, with a Hub of its own

@@ -7,9 +7,9 @@ import sys
 import pytest
 import typer
 
-from kvrun.cli.main import app
+from kvrun.cli.main import command_line
 
-COMMAND = typer.main.get_command(app)
+COMMAND = typer.main.get_command(command_line())
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "huggingface_hub", "rich", "jinja2", "prompt_toolkit", "gguf", "cffi")
 
 

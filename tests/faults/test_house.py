@@ -20,8 +20,8 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 ATTRIBUTES = {("os", "system"), ("os", "popen"), ("torch", "load"), ("np", "load"), ("numpy", "load"), ("importlib", "import_module"),
               ("yaml", "load"), ("subprocess", "getoutput"), ("subprocess", "getstatusoutput"), ("torch.hub", "load"), ("jit", "load")}
 KEYWORDS = {"trust_remote_code", "shell", "allow_pickle", "weights_only"}
-# The names of our own families, which no file can choose: kvrun/models/family.py lists them.
-ALLOWED = {("family.py", "import_module")}
+# The names of our own families and commands, which no file can choose: kvrun/models/family.py and kvrun/cli/main.py list them.
+ALLOWED = {("family.py", "import_module"), ("main.py", "import_module")}
 
 
 def found(path: Path, text: str) -> list[str]:
