@@ -183,6 +183,14 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
             to[m_at + 1] = block.l[i];
         }
     };
+#if KV_TILES
+    int queries = 0;                                          // where those of any run fit into one tile, tiles need not be higher
+    for (int i = 0; i < n_runs; i++) queries = runs[i].end - runs[i].begin > queries ? runs[i].end - runs[i].begin : queries;
+    queries *= group;
+    const int k_rows = 2 * queries * parts_of_k(op.cache.k_dtype, d);
+    const bool low_tiles = is_quantized(op.cache) && k_rows <= 16;
+    if (low_tiles) configure_tiles(k_rows, 2 * queries);
+#endif
     Place here{0, 0, 0, 0, 0};
     while (here.run + 1 < n_runs && runs[here.run].parts == 0) here.run++;
     here.page = runs[here.run].first;
@@ -196,6 +204,9 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
         }
         reduce(here, nullptr);
     }
+#if KV_TILES
+    if (low_tiles) configure_tiles(16, 16);
+#endif
     worker.finish();
     worker.barrier();
     const int rows = runs[n_runs - 1].end - runs[0].begin;

@@ -48,7 +48,7 @@ struct Block {
     int64_t q8_rows;
     float *q8_factor, *p8_factor, *k_zero, *p8_zero;
     int32_t *c32;
-    char *codes;                           // KV_Q4: the bytes of K, then those of V, cut in two
+    char *k_codes, *v_codes;               // KV_Q4: bytes of K and their lower bits; those of V cut in two
 
     void start() {
         for (int i = 0; i < rows * group; i++) m[i] = LOWEST, l[i] = 0;
@@ -69,7 +69,7 @@ static inline int parts_of_k(int dtype, int d) { return dtype == KV_Q8 ? 64 / kv
 
 // Channels of V that share a scale, and how many tiles of sums there are before they are read.
 static inline int width_of_v(int dtype, int d) { return dtype == KV_Q4 ? kv_q4_group(d) : kv_q8_group(d); }
-static const int TILES_AT_ONCE = 4;
+static const int TILES_AT_ONCE = 8;
 static const int CHUNK = 64;               // what one int8 tile sums over: channels of K, tokens of V
 
 static inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -120,8 +120,8 @@ static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, c
         b.p8_zero = take(rows);
         b.k_zero = take(n);
         b.c32 = (int32_t *)take(tiles * 256);
-        const int64_t k_codes = KV_PAGE * chunks * CHUNK, v_codes = KV_PAGE * (int64_t)head_dim;
-        b.codes = (char *)take((k_codes > v_codes ? k_codes : v_codes) / 4);
+        b.k_codes = (char *)take(cache.k_dtype == KV_Q4 ? KV_PAGE * chunks * CHUNK / 4 : 0);
+        b.v_codes = (char *)take(cache.v_dtype == KV_Q4 ? KV_PAGE * head_dim / 4 : 0);
     }
     return at - begin;
 }

@@ -1,5 +1,5 @@
 // attend_int8.h - attention over quantized pages on AMX int8 tiles, for prompt and decode rows alike. The codes of K and V are
-// the B operand as they lie (KV_Q4 after its bytes are cut in two). Queries and probabilities, with the scales of channels
+// the B operand as they lie (KV_Q4: after those of K got their lower bits beside them, and those of V were cut in two). Queries and probabilities, with the scales of channels
 // and tokens in them, become 16-bit integers of two bytes each, so a product is off by 2^-16 of its largest factor at most.
 #pragma once
 #include "int8_k.h"
@@ -31,10 +31,8 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
                 scores_int8(block, codes, false, from, to, first, last, next);
             } else if (piece.dtype == KV_Q4) {
                 pairs.read(piece.data, d);
-                cut_k_q4(piece.data, pairs, d, from, to, block.codes);
+                const CodesOfK codes = cut_k_q4(piece.data, pairs, d, from, to, block.k_codes);
                 split_queries_q4(block, pairs, first, last);
-                const int chunks = chunks_of_k(KV_Q4, d), parts = parts_of_k(KV_Q4, d);
-                const CodesOfK codes{block.codes, chunks * 1024, chunks, parts, nullptr, chunks * parts};
                 scores_int8(block, codes, true, from, to, first, last, next);
             } else {
                 for (int i = first, n; i < last; i += n) {
@@ -44,7 +42,7 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             }
         }
         for (int j = 0; j < v.n; j++)
-            if (v.piece[j].dtype == KV_Q4) cut_v_q4(v.piece[j].data, d, 16 * v.piece[j].first, 16 * v.piece[j].last, block.codes);
+            if (v.piece[j].dtype == KV_Q4) cut_v_q4(v.piece[j].data, d, 16 * v.piece[j].first, 16 * v.piece[j].last, block.v_codes);
         const bool whole = block.softcap <= 0 && seen.low_of(block, seen.to - 1) == 0 && seen.high_of(block, seen.from) == KV_PAGE;
         if (whole)
             for (int i = first; i < last; i++) block.keep[i] = top_of_whole_page(block.s + i * block.s_stride, block.m[i]);
@@ -66,7 +64,7 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             } else if (piece.dtype == KV_Q4) {
                 const uint16_t *scale = (const uint16_t *)(piece.data + KV_PAGE * d / 2);
                 const int width = kv_q4_group(d);
-                sums_int8<true>(block, seen, block.codes, scale, scale + d / width * KV_PAGE, width, from, to, first, last, next);
+                sums_int8<true>(block, seen, block.v_codes, scale, scale + d / width * KV_PAGE, width, from, to, first, last, next);
             } else {
                 for (int i = first, n; i < last; i += n) {
                     n = pass_of(last - i);

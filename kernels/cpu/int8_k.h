@@ -42,6 +42,7 @@ static void split_queries_q8(Block &block) {
 // What a Q4 page of K says of its channels, as vectors.
 struct PairsOfK {
     alignas(64) float scale[KV_MAX_QUANT_DIM], zero[KV_MAX_QUANT_DIM];
+    alignas(64) float step[KV_MAX_QUANT_DIM / 2];         // of the byte where that of the high channel's code is 1
     alignas(64) int32_t high[KV_MAX_QUANT_DIM / 2], low[KV_MAX_QUANT_DIM / 2];
     alignas(64) uint8_t bits[KV_MAX_QUANT_DIM / 2];       // of the low channel
 
@@ -56,7 +57,9 @@ struct PairsOfK {
             const __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(chan + 2 * i)));
             _mm512_store_si512(high + i, _mm512_and_si512(pair, _mm512_set1_epi32(255)));
             _mm512_store_si512(low + i, _mm512_srli_epi32(pair, 8));
-            _mm_store_si128((__m128i *)(bits + i), _mm_sub_epi8(_mm_set1_epi8(8), _mm_loadu_si128((const __m128i *)(split + i))));
+            const __m128i of_low = _mm_sub_epi8(_mm_set1_epi8(8), _mm_loadu_si128((const __m128i *)(split + i)));
+            _mm_store_si128((__m128i *)(bits + i), of_low);
+            _mm512_store_si512(step + i, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(127), _mm512_cvtepu8_epi32(of_low)), 23));
         }
     }
 };
@@ -68,8 +71,9 @@ static inline f32x16 look_up(const f32x16 *p, const int32_t *index) {
     return {_mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(32)), low, high)};
 }
 
-// KV_Q4 of K: the queries [first, last) times the scales of this page, in the order of its pairs: all channels in the upper
-// bits of their bytes, then, from the middle of the chunks on, those in the lower bits. k_zero: what each score has besides.
+// KV_Q4 of K: what the bytes of the pairs, whole, and then, from the middle of the chunks on, the codes in their lower bits are
+// multiplied by for the queries [first, last). With t the step of a byte whose upper code counts as 1, x and y the query times
+// the scales of both channels, x*upper + y*lower = x*t*byte + (y - x*t)*lower. k_zero: what each score has besides.
 static void split_queries_q4(Block &block, const PairsOfK &page, int first, int last) {
     const int d = block.head_dim, chunks = chunks_of_k(KV_Q4, d), half = chunks * CHUNK / 2;
     alignas(64) float x[2 * KV_MAX_QUANT_DIM], scaled[KV_MAX_QUANT_DIM];
@@ -84,8 +88,9 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
                 zeros = fma(load(q + 16 * c), load(page.zero + 16 * c), zeros);
             }
             for (int j = 0; j < 32; j += 16) {
-                store(x + j, look_up(product, page.high + j));
-                store(x + 32 + j, look_up(product, page.low + j));
+                const f32x16 whole = look_up(product, page.high + j) * load(page.step + j);
+                store(x + j, whole);
+                store(x + 32 + j, look_up(product, page.low + j) - whole);
             }
         } else {
             for (int c = 0; c < d; c += 16) {
@@ -94,8 +99,9 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
             }
             for (int j = 0; j < d / 2; j += 16) {
                 const __mmask16 there = d / 2 - j < 16 ? 0xff : 0xffff;
-                _mm512_store_ps(x + j, _mm512_maskz_mov_ps(there, gather(scaled, page.high + j).v));
-                _mm512_storeu_ps(x + half + j, _mm512_maskz_mov_ps(there, gather(scaled, page.low + j).v));
+                const f32x16 whole = gather(scaled, page.high + j) * load(page.step + j);
+                _mm512_store_ps(x + j, _mm512_maskz_mov_ps(there, whole.v));
+                _mm512_storeu_ps(x + half + j, _mm512_maskz_mov_ps(there, (gather(scaled, page.low + j) - whole).v));
             }
         }
         block.k_zero[i] = sum(zeros);
@@ -103,25 +109,22 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
     }
 }
 
-// The bytes of blocks [from, to) cut into upper and lower codes.
-static void cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, int to, char *out) {
+// The bytes of blocks [from, to), and the codes in their lower bits.
+static CodesOfK cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, int to, char *out) {
     const int quads = d / 8, chunks = chunks_of_k(KV_Q4, d), half = chunks * 8;
-    const __m512i byte = _mm512_set1_epi64(0x3830282018100800), ones = _mm512_set1_epi8(1);
-    const __m512i powers = _mm512_set4_epi32(0, 0, 0x80402010, 0x08040201);
+    const __m512i powers = _mm512_set4_epi32(0, 0, 0x80402010, 0x08040201), ones = _mm512_set1_epi8(1);
     for (int j = 0; j < quads; j++) {
         int32_t four;
         memcpy(&four, pairs.bits + 4 * j, 4);
-        const __m512i bits = _mm512_set1_epi32(four), upper_from = _mm512_add_epi8(byte, bits);
-        // 2^bits - 1 and 2^(8 - bits) - 1
-        const __m512i lower = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, bits), ones);
-        const __m512i upper = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, _mm512_sub_epi8(_mm512_set1_epi8(8), bits)), ones);
+        const __m512i lower = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, _mm512_set1_epi32(four)), ones);   // 2^bits - 1
         for (int b = from; b < to; b++) {
             const __m512i x = _mm512_loadu_si512(page + (b * quads + j) * 64);
             char *to_block = out + b * chunks * 1024;
-            _mm512_store_si512(to_block + j * 64, _mm512_and_si512(upper, _mm512_multishift_epi64_epi8(upper_from, x)));
+            _mm512_store_si512(to_block + j * 64, x);
             _mm512_store_si512(to_block + (half + j) * 64, _mm512_and_si512(lower, x));
         }
     }
+    return {out, chunks * 1024, chunks, 1, nullptr, chunks};
 }
 
 // s[i][16*b ..] for the queries [first, last) and the blocks [from, to): k_zero (KV_Q4) plus all products. Tiles of several
@@ -133,6 +136,9 @@ static void scores_int8(const Block &block, const CodesOfK &k, int from, int to,
     const int64_t step = next.bytes / (to - from), a_step = block.q8_rows * CHUNK, s_stride = block.s_stride;
     const int8_t *const a = block.q8 + m * 1024;
     int32_t *const c32 = block.c32;
+    const bool same = tiles * chunks == 1;     // one tile holds all that K is multiplied by
+    asm volatile("" ::: "memory");
+    if (same) _tile_loadd(4, a, 64);
     for (int begin = from; begin < to; begin += batch) {
         const int end = begin + batch < to ? begin + batch : to;
         asm volatile("" ::: "memory");         // tile loads do not tell the compiler that they read memory
@@ -143,7 +149,7 @@ static void scores_int8(const Block &block, const CodesOfK &k, int from, int to,
                 _tile_loadd(6, k.codes + b * k.block + ch * 1024, 64);
                 for (int t = 0; t < tiles; t += 2) {
                     _tile_zero(0);
-                    _tile_loadd(4, a + ch * a_step + t * 1024, 64);
+                    if (!same) _tile_loadd(4, a + ch * a_step + t * 1024, 64);
                     multiply_bytes_0<Q4>();
                     if (t + 1 < tiles) {
                         _tile_zero(1);

@@ -1,7 +1,8 @@
-// int8_tiles.h - floats as 16-bit integers of two signed bytes each, and products of bytes on AMX tiles. The configuration is
-// that of all AMX kernels: eight tiles of 16 rows of 64 bytes.
+// int8_tiles.h - floats as 16-bit integers of two signed bytes each, and products of bytes on AMX tiles. Scores are
+// tiles 0 and 1 of queries in 4 and 5, sums of V tile 2 of probabilities in 3, and codes are in 6 and 7 (tile_config.h).
 #pragma once
 #include "quant_pages.h"
+#include "tile_config.h"
 
 namespace KV_NS {
 
@@ -47,8 +48,8 @@ template <bool UNSIGNED> static inline void multiply_bytes_1() {
 
 // What is read after this; asked for piece by piece meanwhile, into the first-level cache when little enough to stay there.
 struct Next {
-    const char *data;
-    int64_t bytes;
+    const char *data = nullptr;
+    int64_t bytes = 0;
 
     void fetch(int64_t from, int64_t to) const {
         if (!data) return;

@@ -102,13 +102,13 @@ static void sums_int8(const Block &block, const Seen &seen, const char *codes, c
             next.fetch(c / 16 * step, (c / 16 + 1) * step);
             const int8_t *a = p8 + (c - begin) / width * 16 * tiles * KV_PAGE;
             for (int t = 0; t < tiles; t++, a += 16 * KV_PAGE, c32 += 256) {
-                _tile_zero(0);
+                _tile_zero(2);
                 for (int h = half; h < half_end; h++) {
-                    _tile_loadd(6, codes + c * KV_PAGE + h * 1024, 64);
-                    _tile_loadd(4, a + h * CHUNK, KV_PAGE);
-                    _tile_dpbusd(0, 4, 6);
+                    _tile_loadd(7, codes + c * KV_PAGE + h * 1024, 64);
+                    _tile_loadd(3, a + h * CHUNK, KV_PAGE);
+                    _tile_dpbusd(2, 3, 7);
                 }
-                _tile_stored(0, c32, 64);
+                _tile_stored(2, c32, 64);
             }
         }
         asm volatile("" ::: "memory");

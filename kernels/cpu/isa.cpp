@@ -36,7 +36,7 @@ static int detect() {
     if (!(ymm && fma && f16c && bit(b, 5))) return KV_ISA_PLAIN;           // AVX2
     if (!(zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31))) return KV_ISA_AVX2;   // F, DQ, BW, VL
     if (sub >= 1) __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
-    bool vnni = bit(c, 11) && bit(c, 1), bf16 = bit(a1, 5), amx = bit(d, 22) && bit(d, 24) && bit(d, 25);   // VNNI and VBMI
+    bool vnni = bit(c, 11), bf16 = bit(a1, 5), amx = bit(d, 22) && bit(d, 24) && bit(d, 25);
     if (!(tiles && vnni && bf16 && amx && amx_granted())) return KV_ISA_AVX512;
     return KV_ISA_AMX;
 }

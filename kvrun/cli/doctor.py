@@ -18,7 +18,7 @@ from kvrun.errors import KvrunError
 _DISTRIBUTIONS = ("torch", "numpy", "tokenizers", "safetensors", "huggingface-hub", "gguf", "jinja2")
 # What each instruction set needs beyond the one before it, as /proc/cpuinfo spells it (kernels/cpu/isa.cpp).
 _ISA_FLAGS = {"avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"),
-              "amx": ("avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")}
+              "amx": ("avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")}
 
 Section = dict[str, Any]
 
