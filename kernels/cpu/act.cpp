@@ -1,16 +1,8 @@
-// act.cpp - gated activations: SiLU (SwiGLU; Shazeer, 2020) and the tanh form of GELU (Hendrycks and Gimpel, 2016).
+// act.cpp - gated activations.
+#include "act.h"
 #include "kernels.h"
-#include "lanes.h"
 
 namespace KV_NS {
-
-static inline f32x16 silu(f32x16 x) { return x / (splat(1.f) + exp(splat(0.f) - x)); }
-
-// x/2 (1 + tanh u) = x / (1 + e^-2u), which does not cancel for negative u.
-static inline f32x16 gelu_tanh(f32x16 x) {
-    f32x16 u = x * fma(x * x, splat(0.7978845608f * 0.044715f), splat(0.7978845608f));
-    return x / (splat(1.f) + exp(u * splat(-2.f)));
-}
 
 template <class F> static void gate(const kv_op_act &op, const kv_state &state, kv::Worker &worker, F f) {
     const int PART = 512;
@@ -29,8 +21,7 @@ template <class F> static void gate(const kv_op_act &op, const kv_state &state, 
 }
 
 void act(const kv_op_act &op, const kv_state &state, kv::Worker &worker) {
-    if (op.kind == KV_SILU) gate(op, state, worker, silu);
-    else gate(op, state, worker, gelu_tanh);
+    with_activation(op.kind, [&](auto f) { gate(op, state, worker, f); });
 }
 
 }  // namespace KV_NS

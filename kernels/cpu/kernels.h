@@ -7,6 +7,7 @@ void embed(const kv_op_embed &, const kv_state &, kv::Worker &);
 void norm(const kv_op_norm &, const kv_state &, kv::Worker &);
 void linear(const kv_op_linear &, const kv_state &, kv::Worker &);
 void act(const kv_op_act &, const kv_state &, kv::Worker &);
+bool linear_act(const kv_op_linear &, const kv_op_act &, const kv_state &, kv::Worker &);
 void rope(const kv_op_rope &, const kv_state &, kv::Worker &);
 void append(const kv_op_append &, kv_state &, kv::Worker &);
 void attend(const kv_op_attend &, const kv_state &, kv::Worker &);

@@ -3,15 +3,34 @@
 
 namespace KV_NS {
 
+#if defined(__AMX_TILE__)
+// Tiles hold bfloat16, to which weights of float32 and float16 would lose bits.
+static bool fits_tiles(const kv_op_linear &op, const kv_state &state) {
+    return state.prefill && op.w.dtype != KV_F32 && op.w.dtype != KV_F16;
+}
+#endif
+
 void linear(const kv_op_linear &op, const kv_state &state, kv::Worker &worker) {
     int rows = kv::rows_of(op.rows, state);
     if (rows <= 0) return;
     if (!state.prefill) return linear_decode(op, rows, worker);
 #if defined(__AMX_TILE__)
-    // Tiles hold bfloat16, to which weights of float32 and float16 would lose bits.
-    if (op.w.dtype != KV_F32 && op.w.dtype != KV_F16) return linear_tiles(op, rows, worker);
+    if (fits_tiles(op, state)) return linear_tiles(op, nullptr, rows, worker);
 #endif
     linear_vector(op, rows, worker);
+}
+
+bool linear_act(const kv_op_linear &op, const kv_op_act &act, const kv_state &state, kv::Worker &worker) {
+#if defined(__AMX_TILE__)
+    const bool plain = !op.bias && !op.accumulate && op.scale == 1 && op.softcap <= 0 && op.rows == KV_ROWS_ALL;
+    if (fits_tiles(op, state) && plain && act.x == op.out && op.w.n == 2 * act.dim && act.dim % KV_LANES == 0) {
+        linear_tiles(op, &act, state.n_rows, worker);
+        return true;
+    }
+#else
+    (void)op, (void)act, (void)state, (void)worker;
+#endif
+    return false;
 }
 
 int64_t linear_scratch(const kv_op_linear &op, int max_rows, int threads) {

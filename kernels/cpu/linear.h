@@ -35,7 +35,8 @@ int64_t linear_decode_scratch(const kv_op_linear &, int threads);
 void linear_vector(const kv_op_linear &, int rows, kv::Worker &);
 int64_t linear_vector_scratch(const kv_op_linear &, int max_rows, int threads);
 #if defined(__AMX_TILE__)
-void linear_tiles(const kv_op_linear &, int rows, kv::Worker &);
+// act: null, or what follows, is done at once and makes the only output; for products that linear_act takes.
+void linear_tiles(const kv_op_linear &, const kv_op_act *act, int rows, kv::Worker &);
 int64_t linear_tiles_scratch(const kv_op_linear &, int max_rows, int threads);
 #endif
 

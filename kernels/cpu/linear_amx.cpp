@@ -1,6 +1,7 @@
 // linear_amx.cpp - prefill on AMX tiles. Activations are rounded to bfloat16 once per op, weights are widened to a panel
 // of bfloat16 tiles once per op; products are exact and added in float32. A tile row is one activation row, so no row
 // influences another.
+#include "act.h"
 #include "linear.h"
 
 #if defined(__AMX_TILE__)
@@ -124,8 +125,18 @@ template <int R, int B> static __attribute__((noinline)) void multiply(const cha
     asm volatile("" ::: "memory");
 }
 
-void linear_tiles(const kv_op_linear &op, int rows, kv::Worker &worker) {
+// act.out of `rows` rows and one block of columns, from sums[rows][2][16] of its gate and of its up projection.
+static void act_finish(const kv_op_act &op, int64_t row, int64_t rows, int64_t block, const float *sums) {
+    with_activation(op.kind, [&](auto f) {
+        float *out = op.out + row * op.dim + block * KV_LANES;
+        for (int64_t r = 0; r < rows; r++, out += op.dim, sums += 2 * KV_LANES) store(out, f(load(sums)) * load(sums + KV_LANES));
+    });
+}
+
+void linear_tiles(const kv_op_linear &op, const kv_op_act *act, int rows, kv::Worker &worker) {
     const int64_t groups = op.w.k / KV_GROUP, blocks = blocks_of(op.w), panels = (blocks + BLOCKS - 1) / BLOCKS;
+    // A panel is two neighbours, or a block of the gate projection and that of the up projection.
+    const int64_t step = act ? 1 : BLOCKS, apart = act ? blocks / 2 : 1;
     const int64_t block_bytes = kv_pack_bytes(op.w.dtype, KV_LANES, op.w.k), row_block_bytes = groups * TERMS * TILE;
     const int64_t most = part_rows(op, rows, worker.threads), parts = (rows + most - 1) / most;
     char *tiles = worker.scratch, *own = tiles + tiles_bytes(op, rows) + worker.thread * thread_bytes(op, rows, worker.threads);
@@ -139,33 +150,37 @@ void linear_tiles(const kv_op_linear &op, int rows, kv::Worker &worker) {
     });
     worker.barrier();
     split_parts(worker, parts, 1, [&](int64_t) { return panels; }, [&](int64_t part, int64_t panel, int64_t) {
-        const int64_t block = panel * BLOCKS, count = blocks - block < BLOCKS ? blocks - block : BLOCKS;
+        const int64_t block = panel * step, count = blocks - block < BLOCKS ? blocks - block : BLOCKS;
         const int64_t row = part * most, height = height_of(part);
         const uint8_t *data = (const uint8_t *)op.w.data + block * block_bytes;
         // Meanwhile the panel that this thread probably takes next comes into the cache.
-        const int64_t calls = (groups + DEPTH - 1) / DEPTH * ((height + 31) / 32), share = align64(BLOCKS * block_bytes / calls);
-        const uint8_t *next = data + BLOCKS * block_bytes;
+        const int64_t calls = (groups + DEPTH - 1) / DEPTH * ((height + 31) / 32), share = align64(block_bytes / calls);
+        const uint8_t *next = data + step * block_bytes;
         for (int64_t g = 0; g < groups; g += DEPTH) {
             const int64_t depth = groups - g < DEPTH ? groups - g : DEPTH;
             const char *b0 = own, *b1 = own + DEPTH * TILE;
             if (op.w.dtype == KV_BF16) {         // lies in memory as tiles
                 b0 = (const char *)data + g * TILE;
-                b1 = b0 + block_bytes;
+                b1 = b0 + apart * block_bytes;
             } else {
                 with_format(op.w.dtype, [&](auto format) {
                     using W = decltype(format);
-                    for (int64_t b = 0; b < count; b++) widen<W>(data + b * block_bytes + g * W::UNIT, depth, own + b * DEPTH * TILE);
+                    for (int64_t b = 0; b < count; b++) widen<W>(data + b * apart * block_bytes + g * W::UNIT, depth, own + b * DEPTH * TILE);
                 });
             }
             for (int64_t r = 0; r < height; r += 2 * KV_LANES, next += share) {
-                for (int64_t line = 0; line < share; line += 64) KV_PREFETCH(next + line);
+                for (int64_t line = 0; line < share; line += 64) {
+                    KV_PREFETCH(next + line);
+                    KV_PREFETCH(next + apart * block_bytes + line);
+                }
                 const char *a0 = tiles + (row + r) / KV_LANES * row_block_bytes + g * TERMS * TILE, *a1 = a0 + row_block_bytes;
                 const bool pair = r + KV_LANES < height;
                 auto run = count == 2 ? (pair ? multiply<2, 2> : multiply<1, 2>) : pair ? multiply<2, 1> : multiply<1, 1>;
                 run(a0, a1, b0, b1, depth, sums + r * 32, g == 0);
             }
         }
-        linear_finish(op, row, height, block, count, sums, 32);
+        if (act) act_finish(*act, row, height, block, sums);
+        else linear_finish(op, row, height, block, count, sums, 32);
     });
 }
 

@@ -35,6 +35,8 @@ struct Ops {
     void (*norm)(const kv_op_norm &, const kv_state &, Worker &);
     void (*linear)(const kv_op_linear &, const kv_state &, Worker &);
     void (*act)(const kv_op_act &, const kv_state &, Worker &);
+    // Both as one, without the rows between them; false, with nothing done, where there is no such kernel.
+    bool (*linear_act)(const kv_op_linear &, const kv_op_act &, const kv_state &, Worker &);
     void (*rope)(const kv_op_rope &, const kv_state &, Worker &);
     void (*append)(const kv_op_append &, kv_state &, Worker &);
     void (*attend)(const kv_op_attend &, const kv_state &, Worker &);

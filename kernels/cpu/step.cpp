@@ -103,12 +103,12 @@ int run_small(const Step &step, int i) {
     return i;
 }
 
-struct Arrival { const Step *step; int op; };
+struct Arrival { const Step *step; int kind, next; };
 
 void last_at_barrier(void *p) {
     const Arrival &a = *(Arrival *)p;
-    account(a.step->cpu, a.step->ops[a.op].kind);
-    run_small(*a.step, a.op + 1);
+    account(a.step->cpu, a.kind);
+    run_small(*a.step, a.next);
 }
 
 struct Run { const Step *step; int first; };
@@ -123,8 +123,10 @@ void walk(void *p, int thread) {
     for (int i = run.first; i < step.n_ops; i++) {
         const kv_op &op = step.ops[i];
         if (rows_of(op, step.state) == 0 || is_small(op, step.state)) continue;   // see last_at_barrier
-        call(*cpu.table, op, step.state, worker);
-        Arrival arrival{&step, i};
+        if (i + 1 < step.n_ops && op.kind == KV_OP_LINEAR && step.ops[i + 1].kind == KV_OP_ACT &&
+            cpu.table->linear_act(op.linear, step.ops[i + 1].act, step.state, worker)) i++;
+        else call(*cpu.table, op, step.state, worker);
+        Arrival arrival{&step, op.kind, i + 1};
         step.pool.barrier(worker.phase, last_at_barrier, &arrival);
     }
 }

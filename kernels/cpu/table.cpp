@@ -12,7 +12,7 @@ static void thread_start() {
 }
 
 extern const kv::Ops ops;
-const kv::Ops ops = {embed, norm, linear, act, rope, append, attend, gather, sample, thread_start,
+const kv::Ops ops = {embed, norm, linear, act, linear_act, rope, append, attend, gather, sample, thread_start,
                      linear_scratch, attend_scratch, sample_scratch};
 
 }  // namespace KV_NS
