@@ -1,4 +1,4 @@
-// linear_amx.cpp - prefill on AMX tiles. Activations are rounded to bfloat16 once per op, weights are widened to a panel
+// linear_amx.cpp - prefill on AMX tiles. Activations become one or two terms of bfloat16 once per op, weights are widened to a panel
 // of bfloat16 tiles once per op; products are exact and added in float32. A tile row is one activation row, so no row
 // influences another.
 #include "act.h"
@@ -8,33 +8,35 @@
 
 namespace KV_NS {
 
-// Bfloat16 terms that stand for one activation: 1 (8 bits) or 2 (16 bits, at twice the products). With 1, SmolLM2-135M's
-// mean KL divergence from float32 is 1.3e-4 instead of 0.5e-4, and one greedy answer in ten turns out differently.
-static constexpr int TERMS = 2;
+// Bfloat16 terms that stand for one activation: 2 (16 bits, at twice the products), or 1 (8 bits) where more columns are added up
+// than there are rows, as in down projections: SmolLM2-135M's mean KL divergence from float32 is 6.3e-5 then instead of 5.0e-5.
+// With 1 everywhere it would be 1.3e-4, and one greedy answer in ten would turn out differently.
+static int terms_of(const kv_op_linear &op) { return op.w.k > op.w.n ? 1 : 2; }
+static constexpr int MOST_TERMS = 2;
 static constexpr int64_t TILE = 1024;            // 16 rows of 32 bfloat16
 static constexpr int BLOCKS = 2;                 // weight blocks of a panel
 static constexpr int64_t DEPTH = 6;              // groups of one pass over the activations: what stays in the first-level cache
 static constexpr int64_t MOST_BYTES = 1600 << 10; // activations of one part: what stays in the second-level cache
 static constexpr int64_t MOST_PARTS = 24;
 
-static int64_t tiles_bytes(const kv_op_linear &op, int64_t rows) {  // activations as [row block][group][term] tiles
-    return (rows + KV_LANES - 1) / KV_LANES * (op.w.k / KV_GROUP) * TERMS * TILE;
+static int64_t tiles_bytes(const kv_op_linear &op, int64_t rows, int terms) {  // activations as [row block][group][term] tiles
+    return (rows + KV_LANES - 1) / KV_LANES * (op.w.k / KV_GROUP) * terms * TILE;
 }
 
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The activations are cut into parts of so many rows. A thread has a part of its own as long as there are enough, for
 // what it has just written is slow to reach another core; a part below 64 rows does not repay widening the weights again.
-static int64_t part_rows(const kv_op_linear &op, int64_t rows, int threads) {
-    int64_t fit = MOST_BYTES / (op.w.k * 2 * TERMS), part = up(rows, threads);
+static int64_t part_rows(const kv_op_linear &op, int64_t rows, int threads, int terms) {
+    int64_t fit = MOST_BYTES / (op.w.k * 2 * terms), part = up(rows, threads);
     if (part > fit) part = up(rows, up(rows, fit));
     if (part < 64) part = 64;
     if (part < up(rows, MOST_PARTS)) part = up(rows, MOST_PARTS);
     return up(part, 32) * 32;
 }
-// At least part_rows(), and not less for more rows.
+// At least part_rows() of any number of terms, and not less for more rows.
 static int64_t most_part_rows(const kv_op_linear &op, int64_t rows, int threads) {
-    int64_t fit = MOST_BYTES / (op.w.k * 2 * TERMS), part = up(rows, threads);
+    int64_t fit = MOST_BYTES / (op.w.k * 2), part = up(rows, threads);
     if (part > fit) part = fit;
     if (part < 64) part = 64;
     if (part < up(rows, MOST_PARTS)) part = up(rows, MOST_PARTS);
@@ -46,11 +48,11 @@ static int64_t thread_bytes(const kv_op_linear &op, int64_t rows, int threads) {
 }
 
 int64_t linear_tiles_scratch(const kv_op_linear &op, int max_rows, int threads) {
-    return tiles_bytes(op, max_rows) + threads * thread_bytes(op, max_rows, threads);
+    return tiles_bytes(op, max_rows, MOST_TERMS) + threads * thread_bytes(op, max_rows, threads);
 }
 
 // 16 rows of x, from `row` on, as tiles; rows past the last are zero.
-static void round_rows(const kv_op_linear &op, int64_t row, int64_t rows, char *tiles) {
+template <int TERMS> static void round_rows(const kv_op_linear &op, int64_t row, int64_t rows, char *tiles) {
     const int64_t k = op.w.k, height = rows - row < KV_LANES ? rows - row : KV_LANES;
     for (int64_t c = 0; c < k; c += KV_GROUP, tiles += TERMS * TILE)
         for (int64_t r = 0; r < KV_LANES; r++) {
@@ -91,7 +93,7 @@ template <class W> static __attribute__((noinline)) void widen(const uint8_t *da
 }
 
 // sums[16*R][32] = (first ? 0 : sums) + R row blocks times B weight blocks. a1 and b1 are used where R and B are 2.
-template <int R, int B> static __attribute__((noinline)) void multiply(const char *a0, const char *a1, const char *b0, const char *b1,
+template <int R, int B, int TERMS> static __attribute__((noinline)) void multiply(const char *a0, const char *a1, const char *b0, const char *b1,
                                                                        int64_t groups, float *sums, bool first) {
     constexpr int64_t LINE = 32, DOWN = KV_LANES * LINE, RIGHT = KV_LANES;
     asm volatile("" ::: "memory");               // the tile loads below do not tell the compiler that they read memory
@@ -133,20 +135,20 @@ static void act_finish(const kv_op_act &op, int64_t row, int64_t rows, int64_t b
     });
 }
 
-void linear_tiles(const kv_op_linear &op, const kv_op_act *act, int rows, kv::Worker &worker) {
+template <int TERMS> static void run_tiles(const kv_op_linear &op, const kv_op_act *act, int rows, kv::Worker &worker) {
     const int64_t groups = op.w.k / KV_GROUP, blocks = blocks_of(op.w), panels = (blocks + BLOCKS - 1) / BLOCKS;
     // A panel is two neighbours, or a block of the gate projection and that of the up projection.
     const int64_t step = act ? 1 : BLOCKS, apart = act ? blocks / 2 : 1;
     const int64_t block_bytes = kv_pack_bytes(op.w.dtype, KV_LANES, op.w.k), row_block_bytes = groups * TERMS * TILE;
-    const int64_t most = part_rows(op, rows, worker.threads), parts = (rows + most - 1) / most;
-    char *tiles = worker.scratch, *own = tiles + tiles_bytes(op, rows) + worker.thread * thread_bytes(op, rows, worker.threads);
+    const int64_t most = part_rows(op, rows, worker.threads, TERMS), parts = (rows + most - 1) / most;
+    char *tiles = worker.scratch, *own = tiles + tiles_bytes(op, rows, TERMS) + worker.thread * thread_bytes(op, rows, worker.threads);
     float *sums = (float *)(own + PANEL);
     auto height_of = [&](int64_t part) { return rows - part * most < most ? rows - part * most : most; };
 
     split_parts(worker, parts, 1, [&](int64_t part) { return (height_of(part) + KV_LANES - 1) / KV_LANES; },
                 [&](int64_t part, int64_t i, int64_t) {
         const int64_t row_block = part * most / KV_LANES + i;
-        round_rows(op, row_block * KV_LANES, rows, tiles + row_block * row_block_bytes);
+        round_rows<TERMS>(op, row_block * KV_LANES, rows, tiles + row_block * row_block_bytes);
     });
     worker.barrier();
     split_parts(worker, parts, 1, [&](int64_t) { return panels; }, [&](int64_t part, int64_t panel, int64_t) {
@@ -175,13 +177,18 @@ void linear_tiles(const kv_op_linear &op, const kv_op_act *act, int rows, kv::Wo
                 }
                 const char *a0 = tiles + (row + r) / KV_LANES * row_block_bytes + g * TERMS * TILE, *a1 = a0 + row_block_bytes;
                 const bool pair = r + KV_LANES < height;
-                auto run = count == 2 ? (pair ? multiply<2, 2> : multiply<1, 2>) : pair ? multiply<2, 1> : multiply<1, 1>;
+                auto run = count == 2 ? (pair ? multiply<2, 2, TERMS> : multiply<1, 2, TERMS>) : pair ? multiply<2, 1, TERMS> : multiply<1, 1, TERMS>;
                 run(a0, a1, b0, b1, depth, sums + r * 32, g == 0);
             }
         }
         if (act) act_finish(*act, row, height, block, sums);
         else linear_finish(op, row, height, block, count, sums, 32);
     });
+}
+
+void linear_tiles(const kv_op_linear &op, const kv_op_act *act, int rows, kv::Worker &worker) {
+    if (terms_of(op) == 2) run_tiles<2>(op, act, rows, worker);
+    else run_tiles<1>(op, act, rows, worker);
 }
 
 }  // namespace KV_NS
