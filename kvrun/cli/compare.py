@@ -22,6 +22,8 @@ BASE = "f16"
 DEFAULT_WINDOW = 2048
 MIN_WINDOW = 64
 _ROUNDS, _STEPS = 7, 4
+_BACK = 2 * (_STEPS + 1)
+"""Tokens before the end of a window where steps are timed: not the last, for they would fill a page, which 1 step in 128 does."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def _report(blueprint: Blueprint, opened: Model, comparison: Comparison, windows
 
     n_ctx = len(windows[0])
     for track in opened.tracks:
-        track.rewind(n_ctx - _STEPS - 1)         # decode_ms warms up with a step of its own
-    times = decode_ms(opened.tracks, windows[-1][-_STEPS - 1], rounds=_ROUNDS, steps=_STEPS)
+        track.rewind(n_ctx - _BACK)
+    times = decode_ms(opened.tracks, windows[-1][-_BACK], rounds=_ROUNDS, steps=_STEPS)
     per_token = [token_bytes(blueprint.layouts(track.kv, n_ctx)) for track in opened.tracks]
     return {
         "model": blueprint.files.name, "device": blueprint.shape.device, "threads": blueprint.threads, "n_ctx": n_ctx,
@@ -158,4 +160,4 @@ def lines(report: dict[str, Any]) -> list[str]:
         divergences = "".join(f"{row[key]:>10.5f}" for key in ("kld_mean", "kld_median", "kld_p99", "kld_max"))
         out.append(f"{row['kv']:<10}{divergences}{100 * row['top1']:>7.2f} %{row['ppl_ratio']:>11.4f}"
                    f"{row['bytes_per_token']:>13.0f}{row['ms_per_token']:>10.2f}")
-    return [*out, "", f"Perplexity with {base['kv']}: {base['ppl']:.3f}. ms/token: one decode step behind {report['n_ctx'] - _STEPS} tokens."]
+    return [*out, "", f"Perplexity with {base['kv']}: {base['ppl']:.3f}. ms/token: one decode step behind {report['n_ctx'] - _BACK} tokens."]
