@@ -15,7 +15,7 @@ extern "C" {
 #endif
 #include <stdint.h>
 
-#define KV_ABI 4          /* bumped with every change of this file's meaning */
+#define KV_ABI 5          /* bumped with every change of this file's meaning */
 #define KV_PAGE 128       /* token slots of a cache page */
 #define KV_LANES 16       /* rows of a weight block, tokens of a K block */
 #define KV_GROUP 32       /* columns that share a quantization scale */
@@ -100,6 +100,8 @@ typedef struct kv_state {
     const kv_sampler *sampler;    /* [O], or null: no token is drawn */
     int32_t *next;                /* out [O]: the drawn tokens */
     int64_t appended;             /* counts (row, layer) pairs whose K and V were computed and stored */
+    int32_t ahead;                /* how many times kv_cuda_advance made this state out of another, at most 2; 0 from the host */
+    int32_t reserved;
 } kv_state;
 
 /* Which rows an op works on. */
@@ -257,8 +259,15 @@ int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *b
  * are one kernel, which stores what each of them would. */
 int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream);
 /* Makes the state that of the decode step that follows: row i's token becomes next[i], its position grows by one, status is
- * KV_OK. For states whose every row gives a token; all else, the page tables too, stays as it is. */
+ * KV_OK. For states whose every row gives a token; all else, the page tables too, stays as it is.
+ *
+ * Such a step may turn out to be for nothing: what it stored lies behind the newest token. What could not be taken back, the sums that
+ * a KV_Q4 K page gathers over its rows (qsq in page.h), it leaves at the start of `scratch`, where they stay until one of two things
+ * says that the step counts: kv_cuda_advance once more, or kv_cuda_settle. In between `scratch`, the ops (all of a plan) and max_seqs
+ * stay the same. A state from the host does without them. */
 int32_t kv_cuda_advance(kv_state *state, uint64_t stream);
+/* Says that the step which kv_cuda_advance last began counts. The next state is the host's. Arguments as of kv_cuda_step. */
+int32_t kv_cuda_settle(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream);
 /* Copies between host and device memory, or within either, on `stream`; does not wait where host memory is page-locked. */
 int32_t kv_cuda_copy(void *to, const void *from, int64_t bytes, uint64_t stream);
 /* Rows row0.. of w (device memory) as a dense row-major matrix [rows][k] of KV_F32, KV_F16 or KV_BF16 on `stream`. */

@@ -175,25 +175,28 @@ static __device__ void encode_v(char *page, const uint16_t *open, int dim) {
     }
 }
 
-// A block takes a KV head of a sequence.
-static __global__ void __launch_bounds__(KV_MAX_QUANT_DIM, 2) close_page(kv_op_append op, const kv_state *state) {
+// A block takes a KV head of a sequence. sums: see kv_cuda_advance; a step after one that ran ahead brings that one's to the side memory.
+static __global__ void __launch_bounds__(KV_MAX_QUANT_DIM, 2) close_page(kv_op_append op, const kv_state *state, float *sums) {
     begin_kernel();
     const int h = blockIdx.x, seq = blockIdx.y, d = op.head_dim, group = op.heads / op.kv_heads, c = threadIdx.x;
     if (seq >= state->n_seqs || state->status == KV_BAD_PLAN) return;
     const kv_table &table = table_of(state, op.cache, seq);
     const Side side(op.cache, table, h, op.kv_heads, d);
-    float qsq = op.cache.k_dtype == KV_Q4 && c < d ? side.qsq()[c] : 0.f;
+    const bool gathers = op.cache.k_dtype == KV_Q4 && c < d;
+    float *const kept = sums + ((int64_t)seq * op.kv_heads + h) * d + c;
+    float qsq = !gathers ? 0.f : state->ahead > 1 ? *kept : side.qsq()[c];
+    if (gathers && state->ahead > 1) side.qsq()[c] = qsq;
     int last = -1;
     for (int row = 0; row < state->n_rows; row++) {
         if (state->seq[row] != seq) continue;
         last = row;
-        if (op.cache.k_dtype != KV_Q4 || c >= d) continue;
+        if (!gathers) continue;
         if (state->pos[row] % KV_PAGE == 0) qsq = 0;
         const float *q = op.qkv + ((int64_t)row * (op.heads + 2 * op.kv_heads) + h * group) * d + c;
         for (int i = 0; i < group; i++) qsq = __fadd_rn(qsq, __fmul_rn(q[i * d], q[i * d]));
     }
+    if (gathers) *(state->ahead ? kept : side.qsq() + c) = qsq;
     if (last < 0) return;
-    if (op.cache.k_dtype == KV_Q4 && c < d) side.qsq()[c] = qsq;
     const int pos = state->pos[last];
     if (pos % KV_PAGE != KV_PAGE - 1) return;
     const int i = last_page(table, pos), sinks = table.base[i] == 0 ? KV_SINKS : 0;
@@ -210,7 +213,19 @@ static __global__ void __launch_bounds__(KV_MAX_QUANT_DIM, 2) close_page(kv_op_a
 }
 
 cudaError_t launch_close(const kv_op_append &op, const Launch &l) {
-    return launch(close_page, dim3(op.kv_heads, l.bounds.max_seqs), KV_MAX_QUANT_DIM, l.stream, op, (const kv_state *)l.state);
+    return launch(close_page, dim3(op.kv_heads, l.bounds.max_seqs), KV_MAX_QUANT_DIM, l.stream, op, (const kv_state *)l.state, l.sums);
+}
+
+static __global__ void settle(kv_op_append op, const kv_state *state, const float *sums) {
+    begin_kernel();
+    const int h = blockIdx.x, seq = blockIdx.y, d = op.head_dim, c = threadIdx.x;
+    if (seq >= state->n_seqs || !state->ahead || c >= d) return;
+    const Side side(op.cache, table_of(state, op.cache, seq), h, op.kv_heads, d);
+    side.qsq()[c] = sums[((int64_t)seq * op.kv_heads + h) * d + c];
+}
+
+cudaError_t launch_settle(const kv_op_append &op, const Launch &l) {
+    return launch(settle, dim3(op.kv_heads, l.bounds.max_seqs), KV_MAX_QUANT_DIM, l.stream, op, (const kv_state *)l.state, (const float *)l.sums);
 }
 
 }  // namespace kv

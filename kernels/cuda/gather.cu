@@ -23,7 +23,10 @@ static __global__ void advance(kv_state *state) {
         ((int32_t *)state->token)[i] = next < 0 ? 0 : next;      // of logits that were not finite nothing was drawn
         ((int32_t *)state->pos)[i] += 1;
     }
-    if (threadIdx.x == 0) state->status = KV_OK;
+    if (threadIdx.x == 0) {
+        state->status = KV_OK;
+        state->ahead = state->ahead ? 2 : 1;
+    }
 }
 
 static __global__ void clear(unsigned *counters, int n) {

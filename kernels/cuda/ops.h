@@ -17,6 +17,7 @@ struct Launch {
     kv_state *state;              // device memory
     char *scratch;                // device memory; free again when the op's last kernel has run
     unsigned *counters;           // device memory: zeros, and zeros again when the op's last kernel has run
+    float *sums;                  // device memory [max_seqs][kv_heads][head_dim]: what a step that runs ahead leaves of a KV_Q4 K page's qsq
     cudaStream_t stream;
 
     int rows(int32_t which) const { return which == KV_ROWS_OUT ? bounds.max_out : bounds.max_rows; }
@@ -29,6 +30,7 @@ cudaError_t launch_act(const kv_op_act &, const Launch &);
 cudaError_t launch_rope(const kv_op_rope &, const Launch &);
 cudaError_t launch_append(const kv_op_append &, const Launch &);
 cudaError_t launch_close(const kv_op_append &, const Launch &);   // what KV_Q4 does after append's rows are stored
+cudaError_t launch_settle(const kv_op_append &, const Launch &);  // makes `sums` those of the side memory
 cudaError_t launch_attend(const kv_op_attend &, const Launch &);
 // What follows one another in every layer, as one kernel: decode rows alone (fuse.h says where they fit).
 cudaError_t launch_qkv(const kv_op_norm &, const kv_op_linear &, const kv_op_append &, const Launch &);

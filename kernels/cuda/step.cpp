@@ -100,7 +100,18 @@ static bool check_bounds(const kv_cuda_bounds *b) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// How many counters a step needs, which lie at the start of its scratch.
+// Floats of Launch::sums of an op; those of all ops lie at the start of a step's scratch.
+static int64_t sums_of(const kv_op &op, const kv_cuda_bounds &bounds) {
+    if (op.kind != KV_OP_APPEND || op.append.cache.k_dtype != KV_Q4) return 0;
+    return (int64_t)bounds.max_seqs * op.append.kv_heads * op.append.head_dim;
+}
+static int64_t sums_of(const kv_op *ops, int n_ops, const kv_cuda_bounds &bounds) {
+    int64_t all = 0;
+    for (int i = 0; i < n_ops; i++) all += sums_of(ops[i], bounds);
+    return all;
+}
+
+// How many counters a step needs, which lie behind the sums.
 static int64_t counters_of(const kv_op *ops, int n_ops, const kv_cuda_bounds &bounds) {
     int64_t most = 0;
     for (int i = 0; i < n_ops; i++) {
@@ -153,7 +164,7 @@ EXPORT int64_t kv_cuda_scratch(const kv_op *ops, int32_t n_ops, const kv_cuda_bo
         if (ops[i].kind == KV_OP_SAMPLE) bytes = kv::sample_scratch(ops[i].sample, *bounds);
         if (bytes > most) most = bytes;
     }
-    return kv::aligned(4 * kv::counters_of(ops, n_ops, *bounds)) + kv::aligned(most);
+    return kv::aligned(4 * kv::sums_of(ops, n_ops, *bounds)) + kv::aligned(4 * kv::counters_of(ops, n_ops, *bounds)) + kv::aligned(most);
 }
 
 EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream) {
@@ -163,7 +174,8 @@ EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bound
     for (int i = 0; i < n_ops; i++)
         if (int status = kv::check(ops[i], i, true)) return status;
     const int64_t counters = kv::counters_of(ops, n_ops, *bounds);
-    const kv::Launch launch{*bounds, state, (char *)scratch + kv::aligned(4 * counters), (unsigned *)scratch, (cudaStream_t)stream};
+    char *const behind_sums = (char *)scratch + kv::aligned(4 * kv::sums_of(ops, n_ops, *bounds));
+    kv::Launch launch{*bounds, state, behind_sums + kv::aligned(4 * counters), (unsigned *)behind_sums, (float *)scratch, (cudaStream_t)stream};
     if (counters) {
         const cudaError_t error = kv::launch_clear(launch.counters, (int)counters, launch.stream);
         if (error != cudaSuccess) return kv::fail(KV_DEVICE, "clearing counters: %s", cudaGetErrorString(error));
@@ -172,6 +184,7 @@ EXPORT int32_t kv_cuda_step(const kv_op *ops, int32_t n_ops, const kv_cuda_bound
         const cudaError_t error = kv::launch_some(ops + i, n_ops - i, launch, taken);
         if (error != cudaSuccess)
             return kv::fail(KV_DEVICE, "op %d (%s): %s", i, kv::kNames[ops[i].kind], cudaGetErrorString(error));
+        launch.sums += kv::sums_of(ops + i, taken, *bounds);
     }
     return KV_OK;
 }
@@ -181,6 +194,20 @@ EXPORT int32_t kv_cuda_advance(kv_state *state, uint64_t stream) {
     if (!state) return kv::fail(KV_BAD_PLAN, "no state");
     const cudaError_t error = kv::launch_advance(state, (cudaStream_t)stream);
     return error == cudaSuccess ? (int)KV_OK : kv::fail(KV_DEVICE, "advance: %s", cudaGetErrorString(error));
+}
+
+EXPORT int32_t kv_cuda_settle(const kv_op *ops, int32_t n_ops, const kv_cuda_bounds *bounds, kv_state *state, void *scratch, uint64_t stream) {
+    kv::clear_error();
+    if (!state || !scratch || n_ops < 0 || !kv::check_bounds(bounds))
+        return kv::fail(KV_BAD_PLAN, "a step without state or scratch, or with impossible bounds");
+    kv::Launch launch{*bounds, state, nullptr, nullptr, (float *)scratch, (cudaStream_t)stream};
+    for (int i = 0; i < n_ops; i++) {
+        const int64_t sums = kv::sums_of(ops[i], *bounds);
+        const cudaError_t error = sums ? kv::launch_settle(ops[i].append, launch) : cudaSuccess;
+        if (error != cudaSuccess) return kv::fail(KV_DEVICE, "settle: %s", cudaGetErrorString(error));
+        launch.sums += sums;
+    }
+    return KV_OK;
 }
 
 EXPORT int32_t kv_cuda_copy(void *to, const void *from, int64_t bytes, uint64_t stream) {

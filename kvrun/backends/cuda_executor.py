@@ -2,7 +2,8 @@
 
 A decode step is one replay of captured work. The next one is started before its token is asked for: the device itself moves
 token and position on, so that it computes while the host looks at the token before. Where the host then goes another way,
-that step was for nothing and did no harm: what it stored lies behind the newest token, and will be overwritten.
+that step was for nothing and did no harm: what it stored lies behind the newest token, and will be overwritten; the sums
+over a 4-bit K page's rows are only changed when it is known to be wanted.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class CudaExecutor:
         self._ops = [lower(plan, self._resolver(weights, turn)) for turn in range(_TURNS)]
         self._block = StateBlock(plan, pool.max_pages, device.pinned(StateBlock.n_bytes_of(plan, pool.max_pages)), self._work.address + layout.state)
         self._state = ffi.cast("kv_state *", self._block.address)
+        self._scratch = ffi.cast("void *", self._work.address + layout.scratch)
         self._results = [device.pinned(self._block.result_bytes) for _ in range(_TURNS)]
         self._product = device.product()
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}
@@ -164,10 +166,13 @@ class CudaExecutor:
         if not (0 <= min(batch.tokens) and max(batch.tokens) < self.plan.vocab_size):
             raise ValueError(f"a token id outside the vocabulary of {self.plan.vocab_size}")
         try:
-            run = self._ahead if self._ahead is not None and self._is_what_ran_ahead(batch) else self._start(batch)
+            ran_ahead = self._ahead is not None and self._is_what_ran_ahead(batch)
+            run = self._ahead if ran_ahead else self._start(batch)
             self._ahead = None
             if self._may_run_ahead(batch):
                 self._ahead = self._run_on(run)
+            elif ran_ahead:
+                self._settle(run)
             return self._finish(run, batch)
         except KeyboardInterrupt:                # the next step may not write what a copy still reads
             self._ahead = None
@@ -180,10 +185,9 @@ class CudaExecutor:
                 and batch.sampler == ahead.sampler and _tables(batch) == ahead.tables)
 
     def _may_run_ahead(self, batch: Batch) -> bool:
-        """Whether the step after this one needs nothing of the host, and does no harm when it is not wanted: the sums that
-        a 4-bit K page gathers about its rows could not be taken back."""
+        """Whether the step after this one needs nothing of the host."""
         following = batch.positions[-1] + 1
-        return (self.runs_ahead and _is_plain_decode(batch) and batch.sampler.repeat_penalty == 1.0 and "q4" not in self.kv
+        return (self.runs_ahead and _is_plain_decode(batch) and batch.sampler.repeat_penalty == 1.0
                 and all(table.base and table.base[-1] <= following < table.base[-1] + PAGE for (table,) in batch.tables))
 
     def _start(self, batch: Batch) -> _Run:
@@ -208,6 +212,12 @@ class CudaExecutor:
         self._decode(following.turn, max(len(pages) // 4 for pages, _ in run.tables))
         following.mark = self._device.mark()
         return following
+
+    def _settle(self, run: _Run) -> None:
+        """Says that `run`, which ran ahead and which none runs ahead of, was wanted."""
+        if self.kv[0] == "q4":
+            check(self._lib, self._lib.kv_cuda_settle(self._ops[run.turn], len(self.plan.ops), bounds_of(1, 1, 1, False), self._state, self._scratch,
+                                                      self._device.stream))
 
     def _decode(self, turn: int, pages: int) -> None:
         """One row, from the state on the device; captured once for each power of two of pages. The first run of all
@@ -254,8 +264,7 @@ class CudaExecutor:
 
     def _launch(self, ops: Any, start: int, stop: int, bounds: object) -> None:
         if start < stop:
-            scratch = ffi.cast("void *", self._work.address + self._layout.scratch)
-            check(self._lib, self._lib.kv_cuda_step(ops + start, stop - start, bounds, self._state, scratch, self._device.stream))
+            check(self._lib, self._lib.kv_cuda_step(ops + start, stop - start, bounds, self._state, self._scratch, self._device.stream))
 
     def _fetch(self, turn: int) -> None:
         copy(self._device, self._results[turn].ctypes.data, self._block.address, self._block.result_bytes)

@@ -6,7 +6,9 @@ import ctypes
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ import pytest
 from .device_memory import Device
 from .emulator import build
 from .machine import CudaMachine, Mirror
+
+if TYPE_CHECKING:
+    from kvrun.engine.engine import Engine
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +84,31 @@ def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rn
     monkeypatch.setattr(simt, "LIBRARY", library)
     set_order(library, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
     return "simt"
+
+
+@pytest.fixture
+def open_tiny(tmp_path: Path, rng: np.random.Generator, executor: str) -> Iterator[Callable[..., Engine]]:
+    """open_tiny(device, kv, dim=..., ...) -> Engine over one random model of each shape. device "cuda": the CUDA executor, on what this
+    test runs on."""
+    from kvrun.hub import resolve
+    from kvrun.runtime import open_engine
+
+    from ..engine.tiny_model import random_model
+
+    opened: list[Engine] = []
+
+    def open_(device: str, kv: str = "f32", *, layers: int = 1, dim: int = 32, window: int = 0, **settings: object) -> Engine:
+        folder = tmp_path / f"tiny-{layers}-{dim}-{window}"
+        if not folder.exists():
+            random_model(folder, int(rng.integers(2**31)), layers=layers, dim=dim, window=window)
+        usual = {"device": executor if device == "cuda" else device, "n_ctx": 512, "kv": kv, "threads": 1, "max_out": 16, "prefill_chunk": 16}
+        engine = open_engine(resolve(str(folder)), **(usual | settings))
+        opened.append(engine)
+        return engine
+
+    yield open_
+    for engine in opened:
+        engine.close()
 
 
 def set_order(library: Path, order: int) -> None:

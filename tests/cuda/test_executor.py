@@ -7,42 +7,14 @@ from kvrun.backends import cuda_product, simt
 from kvrun.backends.batch import Batch, PageTable, Sampler
 from kvrun.backends.cuda_state import StateBlock
 from kvrun.backends.native import ffi
-from kvrun.engine.events import Token
 from kvrun.errors import NumericError, UsageError
 from kvrun.hub import resolve
-from kvrun.runtime import open_engine
 
 from ..backends.running import logits_of
 from ..backends.test_cache_formats import spread
 from ..backends.test_weight_formats import HELD, BlocksModel
 from ..engine.tiny_model import random_model
-
-
-@pytest.fixture
-def open_tiny(tmp_path, rng, executor):
-    """open_tiny(device, kv, dim=..., ...) -> Engine over one random model of each shape. device "cuda": the CUDA executor, on what this
-    test runs on."""
-    opened = []
-
-    def open_(device, kv="f32", *, layers=1, dim=32, window=0, **settings):
-        folder = tmp_path / f"tiny-{layers}-{dim}-{window}"
-        if not folder.exists():
-            random_model(folder, int(rng.integers(2**31)), layers=layers, dim=dim, window=window)
-        engine = open_engine(resolve(str(folder)), **{"device": executor if device == "cuda" else device, "n_ctx": 512, "kv": kv, "threads": 1, "max_out": 16, "prefill_chunk": 16} | settings)
-        opened.append(engine)
-        return engine
-
-    yield open_
-    for engine in opened:
-        engine.close()
-
-
-def answer(engine, ids, n, **sampler):
-    return [e.id for e in engine.generate(ids, sampler=Sampler(**sampler), max_tokens=n, stop=[]) if isinstance(e, Token)]
-
-
-def tokens(rng, n):
-    return rng.integers(0, 256, n).tolist()
+from .answers import answer, tokens
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8", "q4"])
@@ -105,82 +77,6 @@ def test_draws_are_the_references(open_tiny, rng):
     assert answer(open_tiny("cuda"), ids, 24, **settings) == answer(open_tiny("reference"), ids, 24, **settings)
     settings["repeat_penalty"] = 1.3
     assert answer(open_tiny("cuda"), ids, 12, **settings) == answer(open_tiny("reference"), ids, 12, **settings)
-
-
-def test_running_ahead_changes_nothing(open_tiny, rng):
-    """Answers that go on, break off, are taken back and begin anew, over a page border, with and without running ahead."""
-    prompts = [tokens(rng, 112), tokens(rng, 10), tokens(rng, 5)]
-    answers, counts = [], []
-    for ahead in (True, False):
-        engine = open_tiny("cuda", "q8")
-        engine.executor.runs_ahead = ahead
-        said, history = [], []
-        for ids, n in zip(prompts, (24, 3, 5), strict=True):
-            said += answer(engine, history + ids, n)
-            history = engine.tokens[: len(engine.tokens) - 2]     # the next prompt takes the last two back
-        answers.append(said)
-        counts.append(engine.executor.appended)
-    assert answers[0] == answers[1] and counts[0] == counts[1]
-
-
-def test_logits_are_those_of_the_step_that_returned(open_tiny, rng):
-    engine, plain = open_tiny("cuda"), open_tiny("cuda")
-    plain.executor.runs_ahead = False
-    ids = tokens(rng, 10)
-    for one, other in zip(engine.generate(ids, max_tokens=8, logprobs=3), plain.generate(ids, max_tokens=8, logprobs=3), strict=True):
-        assert type(one) is type(other)
-        if isinstance(one, Token):
-            assert one == other
-            assert np.array_equal(engine.executor.logits(), plain.executor.logits())
-    assert engine.executor._ahead is not None
-
-
-def test_another_row_than_the_one_that_ran_ahead(open_tiny, rng):
-    """The step ahead is dropped where the token, the sampler, or what is wanted is another."""
-    engine, plain = open_tiny("cuda"), open_tiny("cuda")
-    plain.executor.runs_ahead = False
-
-    def step(token, *, sampler=Sampler(), back=0, out=True):
-        results = []
-        for e in (engine, plain):
-            e.sequence.truncate(e.sequence.length - back)
-            start = e.sequence.length
-            e.sequence.extend(1)
-            results.append(e.executor.step(Batch(tokens=[token], positions=[start], tables=[[t] for t in e.sequence.tables()],
-                                                 out_rows=[0] if out else [], sampler=sampler)))
-            results.append(e.executor.logits())
-        assert results[0] == results[2] and np.array_equal(results[1], results[3])
-        return results[0]
-
-    (drawn,) = step(5)
-    (drawn,) = step(drawn)
-    step((drawn + 1) % 256)
-    (drawn,) = step(9, back=1)
-    step(drawn, sampler=Sampler(seed=3, temperature=5.0))
-    step(7, sampler=None)
-    step(7, out=False)
-    (drawn,) = step(7, back=2)
-    step(drawn, back=1)
-    assert engine.executor.appended == plain.executor.appended
-
-
-def test_a_step_that_ctrl_c_leaves_is_waited_for(open_tiny, rng, monkeypatch):
-    """Its copies may still read what the next step writes. That one gives what it gives without."""
-    engine, ids = open_tiny("cuda"), tokens(rng, 10)
-    wanted = answer(engine, ids, 4)
-    device, wait, waited = engine.executor._device, engine.executor._device.wait, []
-
-    def interrupted(mark):
-        waited.append(mark)
-        if len(waited) == 3:
-            raise KeyboardInterrupt
-        wait(mark)
-
-    monkeypatch.setattr(device, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        answer(engine, tokens(rng, 6), 8)
-    assert len(waited) == 4 and engine.executor._ahead is None
-    assert answer(engine, ids, 4) == wanted
 
 
 @pytest.mark.parametrize("kv", ["q8", "q4"])
