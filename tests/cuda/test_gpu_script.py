@@ -34,7 +34,7 @@ def test_what_was_measured_is_in_the_table_and_in_the_file(walked):
     done, report = walked
     found = json.loads((report / "measured.json").read_text(encoding="utf-8"))
     assert {(r["shape"], r["weights"], r["kv"], r["depth"]) for r in found["rows"]} == {
-        ("tiny", "bf16", kv, depth) for kv in ("f16", "q8", "q4") for depth in (0, 256)} | {("tiny", "q4", "q8", 0), ("tiny", "q8", "f16", 0)}
+        ("tiny", "bf16", kv, depth) for kv in ("f16", "q8", "q4") for depth in (0, 256)} | {("tiny", "q4", "q8", 0), ("tiny", "q8", "f16", 0), ("tiny", "q4s", "f16", 0)}
     for row in found["rows"]:
         assert row["ms_per_token"] > 0 and 0 < row["share_of_copy"] < 1 and f"{row['ms_per_token']:.3f}" in done.stdout
     numbers = [value for what, value in found["peers"].items() if "ms" in what or "tokens/s" in what]

@@ -44,9 +44,10 @@ class Size:
 
 SIZES = {
     "cuda": Size((("llama-8b", "bf16", KVS, DEPTHS), ("llama-1b", "bf16", KVS, DEPTHS), ("llama-8b", "q4", KVS, DEPTHS), ("llama-8b", "q8", KVS, DEPTHS),
-                  ("qwen3-0.6b", "bf16", KVS, DEPTHS), ("llama-1b", "q4", KVS, DEPTHS), ("llama-1b", "q8", KVS, DEPTHS), ("qwen3-0.6b", "q4", KVS, DEPTHS),
-                  ("qwen3-0.6b", "q8", KVS, DEPTHS)), 32, 5, 2048, 1 << 30, ("llama-8b", "llama-1b"), 32768, 60),
-    "simt": Size((("tiny", "bf16", KVS, (0, 256)), ("tiny", "q4", ("q8",), (0,)), ("tiny", "q8", ("f16",), (0,))), 2, 2, 128, 1 << 20, ("tiny", "tiny"), 256, 0),
+                  ("llama-8b", "q4s", ("f16",), (0,)), ("qwen3-0.6b", "bf16", KVS, DEPTHS), ("llama-1b", "q4", KVS, DEPTHS), ("llama-1b", "q8", KVS, DEPTHS),
+                  ("qwen3-0.6b", "q4", KVS, DEPTHS), ("qwen3-0.6b", "q8", KVS, DEPTHS)), 32, 5, 2048, 1 << 30, ("llama-8b", "llama-1b"), 32768, 60),
+    "simt": Size((("tiny", "bf16", KVS, (0, 256)), ("tiny", "q4", ("q8",), (0,)), ("tiny", "q8", ("f16",), (0,)), ("tiny", "q4s", ("f16",), (0,))),
+                 2, 2, 128, 1 << 20, ("tiny", "tiny"), 256, 0),
 }
 
 

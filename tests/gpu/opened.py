@@ -15,6 +15,7 @@ from kvrun.blueprint import Blueprint, Shape
 from kvrun.cache.formats import PAGE
 from kvrun.cache.pool import Pool
 from kvrun.hub import resolve
+from kvrun.weights.load import layout_as
 from kvrun.weights.on_device import DeviceWeights
 
 if "KVRUN_SIMT_LIBRARY" in os.environ:
@@ -25,8 +26,13 @@ class Opened:
     """Weights of one shape and format."""
 
     def __init__(self, folder: Path, weights: str, n_ctx: int, chunk: int, device: str = "cuda") -> None:
-        self.blueprint = Blueprint(resolve(str(folder), weights=False), Shape(device, None, 1, chunk, weights))
+        """weights: one of load.WEIGHTS, or "q4s": what is q4 otherwise, as a Q4_0 file has it."""
+        of_file = weights == "q4s"
+        self.blueprint = Blueprint(resolve(str(folder), weights=False), Shape(device, None, 1, chunk, "q4" if of_file else weights))
         self.plan = self.blueprint.plan(n_ctx)
+        if of_file:
+            dtypes = {p.weight: p.dtype for p in self.blueprint.packed}
+            self.blueprint.packed = layout_as(self.plan, lambda weight: "q4s" if dtypes[weight] == "q4" else dtypes[weight])
         self.n_ctx = n_ctx
         self.device = simt.SimtDevice(products=True) if device == "simt" else open_device(device)
         self.weights = DeviceWeights.random(self.blueprint.packed, self.plan, self.device)

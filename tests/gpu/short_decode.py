@@ -11,7 +11,7 @@ from shapes import write
 def main(device: str, direct: bool) -> None:
     """Across the border of a page, so that one is quantized. direct: kernels are launched one by one, never as a graph."""
     with tempfile.TemporaryDirectory() as folder:
-        for weights, kv in (("bf16", "f16"), ("q8", "q8"), ("q4", "q4")):
+        for weights, kv in (("bf16", "f16"), ("q8", "q8"), ("q4", "q4"), ("q4s", "q8/q4")):
             with Opened(write("tiny", Path(folder)), weights, 256, 128, device) as opened:
                 if direct:
                     opened.device.captured = lambda work: work
