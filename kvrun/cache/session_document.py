@@ -44,7 +44,7 @@ def check_document(value: Any) -> dict[str, Any]:
     _integer(model.get("n_ctx"), 1, _MAX_IDS, "model.n_ctx")
     if model.get("revision") is not None:
         _of(model["revision"], str, "model.revision")
-    if document.get("system") is not None:
+    if document.setdefault("system") is not None:
         _of(document["system"], str, "system")
     sampler = _of(_of(document.get("settings"), dict, "settings").get("sampler", {}), dict, "settings.sampler")
     for name, (least, most) in _SAMPLER.items():

@@ -73,7 +73,7 @@ def from_gguf(metadata: Mapping, where: str, repair: str = "fetch it again") -> 
     add_bos = meta.flag("add_bos_token", add_bos)
     prefix = (at["bos"],) if add_bos and "bos" in at else ()
     ends = turn_ends(special) | {at[name] for name in ("eos", "eot", "eom") if name in at}
-    return Tokenizer(encoder, decoding, tokens.__getitem__, len(tokens), special, tuple(user), prefix,
+    return Tokenizer(encoder, decoding, lambda id: tokens[id] if 0 <= id < len(tokens) else None, len(tokens), special, tuple(user), prefix,
                      {k: v for k, v in names.items() if k not in ("eot_token", "eom_token")}, ends,
                      _templates(meta))
 

@@ -36,7 +36,10 @@ class Grammar:
         from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
         self._text = text
-        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(text)), n_vocab=text.vocab_size, eos_token=sorted(text.eos_ids))
+        ends = sorted(id for id in text.eos_ids if id < text.vocab_size)    # a file may name others, which are never drawn
+        if not ends:
+            raise UsageError(f"{what}: this model has no token that ends an answer")
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(text, ends)), n_vocab=text.vocab_size, eos_token=ends)
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if problem:
             raise UsageError(f"{what}: {' '.join(str(problem).split())}")
@@ -109,11 +112,11 @@ class Constraint:
 class _Vocabulary:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, text: Text) -> None:
-        self.eos_token_id = min(text.eos_ids)
+    def __init__(self, text: Text, ends: list[int]) -> None:
+        self.eos_token_id = ends[0]
         self.bos_token_id = None
         self.tokens = [text.token_bytes(i) for i in range(text.vocab_size)]
-        self.special_token_ids = sorted(text.special_ids | text.eos_ids)
+        self.special_token_ids = sorted(text.special_ids.union(ends))
         self._text = text
 
     def __call__(self, text: str) -> list[int]:

@@ -119,6 +119,12 @@ def test_an_answer_that_is_cut_before_it_is_whole_is_an_error(kvrun, scripted, t
     assert (whole.returncode, whole.stdout, whole.stderr) == (0, b"aaaaa\n", b"")
 
 
+def test_an_end_token_beyond_the_vocabulary(kvrun, tmp_path):
+    folder = scripted_model(tmp_path / "m", [b"Welt"])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 1000000000]}')
+    assert kvrun("run", folder, "x", "--regex", "ab").stdout == b"ab\n"
+
+
 @pytest.mark.parametrize("pattern", ["(", "a(?=b)", "a\\b"])
 def test_a_pattern_that_is_none(smol, pattern):
     with pytest.raises(UsageError, match="--regex"):
