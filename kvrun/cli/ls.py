@@ -48,8 +48,8 @@ def _ls(options: LsOptions, console: Console) -> None:
         rows = [{"name": a.name, "repo": a.repo, "path": a.path, "package": bool(a.package), "gated": a.gated,
                  "licence": a.licence, "description": a.description, "default": a.name == catalog.default}
                 for a in catalog.aliases.values()]
-        header = ("NAME", "FROM", "LICENCE", "DESCRIPTION")
-        cells = [(r["name"], r["repo"] or r["path"] or "package", r["licence"] or "", r["description"]) for r in rows]
+        header = ("NAME", "FROM", "DESCRIPTION", "LICENCE")
+        cells = [(r["name"], r["repo"] or r["path"] or "package", r["description"], r["licence"] or "") for r in rows]
     else:
         models = local_models(catalog)
         rows = [asdict(m) for m in models]
@@ -65,7 +65,7 @@ def _ls(options: LsOptions, console: Console) -> None:
         console.notice("no models on this machine yet; `kvrun pull NAME` fetches one, `kvrun ls --aliases` lists names")
         return
     for line in table(header, cells):
-        console.line(line)
+        console.row(line)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

@@ -63,6 +63,12 @@ def kvrun(version: Annotated[bool, typer.Option(
     """
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("-c", "--ctx-size", "--num-ctx"), "n_ctx"), **dict.fromkeys(("--predict", "--n-predict", "--num-predict"), "max_tokens"),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), "kv"), **dict.fromkeys(("-m", "--model"), "model"), "-t": "threads",
+    **dict.fromkeys(("-p", "--prompt"), "prompt"), **dict.fromkeys(("--n-gpu-layers", "--gpu-layers"), "device"), "--system-prompt": "system"}
+"""Options of other tools -> the parameter that is meant."""
+
 _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""
 
@@ -86,13 +92,15 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
     named = args[:1] if args and args[0] in _COMMANDS else _COMMANDS   # setting up all of them takes 25 ms
     command = typer.main.get_command(command_line(named))
     if "_KVRUN_COMPLETE" in os.environ:  # asked by the shell, in the words of its completion script
         command.main(args, prog_name="kvrun", standalone_mode=False)
         return 0
     if not args:  # nothing to do, but somebody who may want to know what there is
-        console().out(command.get_help(command.context_class(command, info_name="kvrun")) + "\n")
+        console().out(command.get_help(command.context_class(command, info_name="kvrun", **command.context_settings)) + "\n")
         return UsageError.exit_code
     with command.make_context("kvrun", list(args)) as context:
         return command.invoke(context) or 0
@@ -143,4 +151,14 @@ def _fail_usage(error: Exception) -> int:
         console().out(error.format_message() + "\n")
         return UsageError.exit_code
     hint = f" (see '{context.command_path} --help')" if context is not None else ""
-    return _fail(error.format_message() + hint, error.exit_code)
+    return _fail((_meant(error) or error.format_message()) + hint, error.exit_code)
+
+
+def _meant(error: Exception) -> str:
+    """What an option of another tool is called here, where the command has it; else empty."""
+    option, command = getattr(error, "option_name", None), getattr(getattr(error, "ctx", None), "command", None)
+    for parameter in command.params if option in _ELSEWHERE and command is not None else ():
+        if parameter.name == _ELSEWHERE[option]:
+            here = "/".join(parameter.opts) if parameter.param_type_name == "option" else f"{parameter.metavar}, with no option before it"
+            return f"No such option: {option}; here it is {here}"
+    return ""

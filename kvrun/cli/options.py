@@ -58,6 +58,13 @@ NCtx = Annotated[int | None, typer.Option(
     help="Tokens of context, allocated at start; max is the most that fits. Default: the alias' value, else the trained length, at most 8192.")]
 
 
+def complete_kv(incomplete: str) -> list[str]:
+    """Cache formats, for the shell's completion."""
+    from kvrun.cache.formats import KV_CHOICES
+
+    return [name for name in KV_CHOICES if name.startswith(incomplete)]
+
+
 def _known_format(kv: str) -> str:
     from kvrun.cache.formats import resolve_kv
 
@@ -66,12 +73,12 @@ def _known_format(kv: str) -> str:
 
 
 Kv = Annotated[str, typer.Option(
-    "--kv", metavar="FORMAT", callback=_known_format,
+    "--kv", metavar="FORMAT", callback=_known_format, autocompletion=complete_kv,
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4.")]
 Weights = Annotated[Literal["auto", "bf16", "q8", "q4"], typer.Option(
     "--weights", help="Format of the weights in memory: auto as the file has them; the others quantize what is stored in more bits (with q4, the embedding to 8).")]
 ChatKv = Annotated[str | None, typer.Option(
-    "--kv", metavar="FORMAT", callback=lambda kv: kv and _known_format(kv), show_default=False,
+    "--kv", metavar="FORMAT", callback=lambda kv: kv and _known_format(kv), autocompletion=complete_kv, show_default=False,
     help="Format of the KV cache: f16 (bf16 where the model is bf16), f32, q8 or q4; or two, for K and V: q8/q4. Default: the session's, else f16.")]
 Think = Annotated[Literal["show", "hide"], typer.Option(
     "--think", help="Reasoning of models that think aloud: show it on stderr, dimmed, or hide it.")]

@@ -29,7 +29,7 @@ class PlanOptions:
 def plan(
     model: opt.Model,
     n_ctx: opt.NCtx = None,
-    kv: Annotated[str, typer.Option("--kv", metavar="FORMAT", help="Cache format of the detailed part; the table has all.")] = "f16",
+    kv: Annotated[str, typer.Option("--kv", metavar="FORMAT", autocompletion=opt.complete_kv, help="Cache format of the detailed part; the table has all.")] = "f16",
     weights: opt.Weights = "auto",
     headroom: opt.Headroom = 10,
     device: opt.DeviceOption = "auto",

@@ -46,11 +46,12 @@ def list_(json: Json = False) -> None:
 
         console.out(as_json([_described(info) for info in infos]))
         return
+    width = max((len(info.name) for info in infos), default=0)
     for info in infos:
         facts = _described(info)
-        turns = f"{facts['turns']:>4} {'turn ' if facts['turns'] == 1 else 'turns'}"
-        what = "damaged" if info.damaged else f"{turns}  {facts['tokens']:>6} tok  {facts['model']}{'' if facts['cache'] else ', text only'}"
-        console.line(f"{info.name:<24} {time.strftime('%Y-%m-%d %H:%M', time.localtime(info.used))} {human_bytes(info.n_bytes):>9}  {what}")
+        turns = f"{facts['turns']:>3} {'turn ' if facts['turns'] == 1 else 'turns'}"
+        what = "damaged" if info.damaged else f"{turns} {facts['tokens']:>6} tok  {facts['model']}{'' if facts['cache'] else ', text only'}"
+        console.row(f"{info.name:<{width}}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(info.used))} {human_bytes(info.n_bytes):>8} {what}")
 
 
 def _described(info) -> dict[str, Any]:

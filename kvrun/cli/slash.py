@@ -29,12 +29,12 @@ class SlashCommand:
 
 
 def _help(chat: Chat, argument: str) -> None:
-    for command in COMMANDS.values():
-        usage = f"/{command.name} {command.argument}".rstrip()
-        chat.console.report(f"{usage:<20} {command.help}")
-    chat.console.report(f"{'//...':<20} a message that begins with a slash")
-    chat.console.report(f"{'Alt-Enter, Ctrl-J':<20} a new line in the message; Tab completes commands and paths")
-    chat.console.report(f"{'Ctrl-C':<20} stops the answer; at an empty prompt, twice, leaves; Ctrl-D leaves")
+    rows = [(f"/{command.name} {command.argument}", command.help) for command in COMMANDS.values()]
+    rows += [("//...", "a message that begins with a slash"),
+             ("Alt-Enter, Ctrl-J", "a new line in the message; Tab completes commands and paths"),
+             ("Ctrl-C", "stops the answer; at an empty prompt, twice, leaves; Ctrl-D leaves")]
+    for usage, what in rows:
+        chat.console.report(f"{usage:<20} {what}", indent=21)
 
 
 def _exit(chat: Chat, argument: str) -> None:
@@ -269,12 +269,16 @@ COMMANDS = {command.name: command for command in (
 )}
 
 
+_ELSEWHERE = {"bye": "exit", "quit": "exit", "q": "exit", "?": "help", "new": "clear", "reset": "clear", "retry": "regen"}
+"""What other tools call it."""
+
+
 def dispatch(chat: Chat, line: str) -> None:
     """Carries out `line`, which begins with a slash; for an unknown or misused command says so and does nothing."""
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        near = get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.5)
+        near = [_ELSEWHERE[name]] if name in _ELSEWHERE else get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean /{near[0]}?" if near else "/help lists them"
         chat.console.report(f"/{name}: no such command; {hint} (// begins a message with a slash)")
     elif argument.strip() and not command.argument:

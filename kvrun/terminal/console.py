@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import time
 
 from kvrun.errors import StorageError
@@ -102,6 +101,11 @@ class Console:
         """One line of a command's own report; foreign text in it is made visible on a terminal."""
         self.out((visible(text) if self.stdout_is_terminal else text) + "\n")
 
+    def row(self, text: str) -> None:
+        """One row of a table, cut at the edge of a terminal: rows that run over it are hard to read. Elsewhere it is whole."""
+        text, columns = visible(text) if self.stdout_is_terminal else text, streams.columns(streams.STDOUT)
+        self.out((text[: columns - 1] + "…" if self.stdout_is_terminal and len(text) > columns else text) + "\n")
+
     def out(self, text: str) -> None:
         """Writes text to stdout as it is, at once. BrokenPipeError when its reader has gone."""
         self.clear_progress()
@@ -117,11 +121,11 @@ class Console:
     def notice(self, text: str) -> None:
         """Something the user should know; not with -q."""
         if not self.quiet:
-            self._message(f"kvrun: {one_line(text)}", _DIM)
+            self._message(self._fitted(f"kvrun: {one_line(text)}"), _DIM)
 
-    def report(self, text: str) -> None:
-        """A line that was asked for (--stats), also with -q."""
-        self._message(one_line(text), "")
+    def report(self, text: str, indent: int = 0) -> None:
+        """A line that was asked for (--stats), also with -q. indent: columns before what does not fit on a terminal's line."""
+        self._message(self._fitted(one_line(text), indent))
 
     def thought(self, text: str) -> None:
         """Streams reasoning, dimmed."""
@@ -148,14 +152,24 @@ class Console:
 
     def error(self, text: str) -> None:
         """The one line of a failure."""
-        head = f"{_RED}kvrun: error:{_OFF}" if self.stderr_color else "kvrun: error:"
-        self._message(f"{head} {one_line(text)}", "")
+        head = "kvrun: error:"
+        text = self._fitted(f"{head} {one_line(text)}")
+        self._message(f"{_RED}{head}{_OFF}{text.removeprefix(head)}" if self.stderr_color else text)
 
     def trace(self, text: str) -> None:
         """A traceback, for -v."""
-        self._message(visible(text).rstrip("\n"), "")
+        self._message(visible(text).rstrip("\n"))
 
-    def _message(self, text: str, style: str) -> None:
+    def _fitted(self, text: str, indent: int = 0) -> str:
+        """One line, broken between words where a terminal would break it amid one. Elsewhere it stays one line, and a long path stays whole."""
+        if not self.stderr_is_terminal or len(text) <= (columns := streams.columns(streams.STDERR)):
+            return text
+        import textwrap
+
+        return "\n".join(textwrap.wrap(text, max(columns, indent + 20), subsequent_indent=" " * indent, expand_tabs=False, replace_whitespace=False,
+                                       break_long_words=False, break_on_hyphens=False))
+
+    def _message(self, text: str, style: str = "") -> None:
         self.clear_progress()
         if style and self.stderr_color:
             text = f"{style}{text}{_OFF}"
@@ -177,8 +191,7 @@ class Console:
         else:
             amount = f"{done}/{total} {unit}".rstrip() if total else f"{done} {unit}".rstrip()
         share = f" {100 * done // total:3d} %" if total else ""
-        columns = shutil.get_terminal_size().columns
-        text = f"{one_line(label)}: {amount}{share}"[: max(columns - 1, 1)]
+        text = f"{one_line(label)}: {amount}{share}"[: max(streams.columns(streams.STDERR) - 1, 1)]
         self._drawn = True
         streams.write_if_possible(streams.STDERR, f"\r\x1b[K{text}".encode("utf-8", "replace"))
 

@@ -44,6 +44,14 @@ def color_wanted(choice: str, fd: int) -> bool:
     return is_terminal(fd) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def columns(fd: int) -> int:
+    """How wide the terminal `fd` is; 80 where it does not say. (shutil asks stdout, which may be a file.)"""
+    try:
+        return os.get_terminal_size(fd).columns or 80
+    except OSError:
+        return 80
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Writes every byte, also to a pipe that somebody made non-blocking. OSError as write(2) has it."""
     view = memoryview(data)

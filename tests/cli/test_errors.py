@@ -30,9 +30,20 @@ def test_usage(kvrun, scripted):
     check(kvrun("run", scripted, "x", "--repeat-penalty", "0"), 2, "--repeat-penalty")
 
 
+def test_an_option_of_another_tool(kvrun):
+    """It is named as it is here, where the command has it."""
+    check(kvrun("run", "-m", "x"), 2, "-m; here it is MODEL", "kvrun run --help")
+    check(kvrun("run", "x", "y", "--ctx-size", "64"), 2, "--ctx-size; here it is -n/--n-ctx")
+    for args in (("bench", "x", "--ctx-size", "64"), ("-m", "x")):
+        assert b"here it is" not in kvrun(*args).stderr
+
+
 def test_no_arguments_show_the_help(kvrun):
     result = kvrun()
-    assert result.returncode == 2 and b"Commands:" in result.stdout and result.stderr == b""
+    assert result.returncode == 2 and b"Commands:" in result.stdout and b"-h, --help" in result.stdout and result.stderr == b""
+    for args in ((), ("run",), ("session", "ls")):
+        assert kvrun("help", *args).stdout == kvrun(*args, "--help").stdout
+    check(kvrun("help", "rnu"), 2, "'rnu'", "run")
 
 
 def test_input_that_is_no_text(kvrun, scripted, tmp_path):

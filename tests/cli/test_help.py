@@ -71,6 +71,7 @@ def test_doctor_for_people(kvrun):
 
 @pytest.mark.parametrize(("words", "offered"), [
     ("kvrun ver", b"verify"), ("kvrun run smollm2-", b"smollm2-135m"), ("kvrun chat --mark", b"--markdown"), ("kvrun session exp", b"export"),
+    ("kvrun run x --kv q8", b"q8/q4"),
 ])
 def test_the_shell_completes(environment, words, offered):
     """As the script does that --install-completion writes for bash."""

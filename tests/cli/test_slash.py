@@ -39,6 +39,7 @@ def test_every_command(chat, scripted, tmp_path):
         ("/stats", ["no answer yet"]),
         ("/context", ["ctx 0/8192 · ...", "0 turns, system prompt of 8 characters, 0 tokens read and said"]),
         ("/hlep", ["/hlep: no such command; did you mean /help? (// begins a message with a slash)"]),
+        ("/bye", ["/bye: no such command; did you mean /exit? (// begins a message with a slash)"]),
         ("/xyzzy", ["/xyzzy: no such command; /help lists them (// begins a message with a slash)"]),
         ("hi", ANSWER),
         ("//hi", ANSWER),

@@ -21,6 +21,25 @@ def test_run_leaves_no_progress_behind(terminal, random_folder):
     assert lines[-1].startswith("prompt ") and "reading" not in screen.display and "loading" not in screen.display
 
 
+def test_lines_of_ours_break_between_words(terminal, scripted):
+    screen = terminal("chat", scripted, columns=60, rows=50)
+    screen.wait_prompt()
+    shown = screen.ask("/help", "at an empty prompt")
+    assert "\n/load NAME           go on with another session\n" in shown
+    assert f"\n/undo [N]            take back the last turn, or the last N;\n{'':<21}nothing is read again\n/regen" in shown
+    refused = terminal("run", "x" * 70, "hi", columns=60)
+    assert refused.end() == 3 and ("x" * 70).encode() in refused.raw, "a name is never broken"
+    known = re.sub(rb"\x1b\[[\d;]*m", b"", refused.raw).decode().split("known:")[1].split("\r\n")
+    assert len(known) > 5 and all(line.endswith(",") and len(line) <= 60 for line in known[1:-2])
+
+
+def test_a_row_of_a_table_ends_at_the_edge(terminal):
+    narrow, wide = (terminal("ls", "--aliases", columns=columns, rows=60) for columns in (60, 300))
+    assert (narrow.end(), wide.end()) == (0, 0)
+    assert re.search(r"^smollm2-135m +HuggingFaceTB/SmolLM2-135M-Instruct .*…$", narrow.display, re.M)
+    assert len(narrow.display.split("\n")) == len(wide.display.split("\n")) and "…" not in wide.display
+
+
 def test_no_escape_on_a_dumb_or_colourless_terminal(terminal, random_folder):
     dumb = terminal("run", random_folder, "x", "--max-tokens", "3", "--stats", env={"TERM": "dumb"})
     assert dumb.end() == 0 and b"\x1b" not in dumb.raw.split(b"prompt ")[-1] and b"\r\x1b" not in dumb.raw
