@@ -87,7 +87,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};
         if (all.low >= all.high) continue;
         if (op.cache.k_dtype == KV_Q4 && base != own) {
-            prepare_q4<NQ>(PageK4(k, d), d, q, factor, mask, constant);
+            prepare_q4<NQ>(PageK4(k + KV_PAGE * d / 2, d), d, q, factor, mask, constant);
             __syncthreads();
         }
         for (int b = warp; b < KV_PAGE / KV_LANES; b += warps) {

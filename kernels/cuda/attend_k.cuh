@@ -93,13 +93,12 @@ static __device__ __forceinline__ void scores_q4(const char *block, const uint32
     }
 }
 
-// Parts of one head's Q4 page of K.
+// What follows the codes of one head's Q4 page of K.
 struct PageK4 {
-    const char *pairs;
     const uint16_t *scale, *zero;
     const uint8_t *chan, *split;
-    __device__ __forceinline__ PageK4(const char *page, int dim)
-        : pairs(page), scale((const uint16_t *)(page + KV_PAGE * dim / 2)), zero(scale + dim), chan((const uint8_t *)(zero + dim)), split(chan + dim) {}
+    __device__ __forceinline__ PageK4(const char *behind_codes, int dim)
+        : scale((const uint16_t *)behind_codes), zero(scale + dim), chan((const uint8_t *)(zero + dim)), split(chan + dim) {}
 };
 
 // factor[NQ][dim], mask[dim/8] and constant[NQ] (the sum of zero*q) of a page, by all threads of the block; barriers are the caller's.

@@ -12,11 +12,22 @@ namespace kv {
 
 constexpr int kTileWarps = kAttendThreads / 32;
 
-// Shared memory of a block, in floats. scale: what the scores of a query are multiplied with.
+// Decode rows over quantized pages are all that loads could keep waiting: codes are few, and much is done with each. So their pages are on
+// their way to shared memory while the page before is worked on, K since its scores, V since its sums.
+static __host__ __device__ __forceinline__ bool is_staged(int tile, int dtype) { return tile == 8 && is_quantized(dtype); }
+static __host__ __device__ __forceinline__ int code_bytes(int dtype, int dim) { return dtype == KV_Q8 ? KV_PAGE * dim : KV_PAGE * dim / 2; }
+
+// How a warp's words of a quantized page are cut: turns at K, turns at V of a group of 32 channels, which `splits` warps share.
+static __host__ __device__ __forceinline__ int splits_of(int dim) { return dim / 32 > 2 ? 1 : kTileWarps / (dim / 32); }
+static __host__ __device__ __forceinline__ int k_turns(int dtype, int dim) { return dtype == KV_Q8 ? dim / 16 : dim / 32; }
+static __host__ __device__ __forceinline__ int v_turns(int dtype, int dim) { return KV_PAGE / splits_of(dim) / (dtype == KV_Q8 ? 16 : 32); }
+
+// Shared memory of a block, in floats. scale: what the scores of a query are multiplied with. k_words, v_words: of staged pages, and in
+// k_rest and v_rest what follows the codes in them.
 struct TileLayout {
-    int q, factor, score, total, scale, constant, top, length, keep, mask, end;
-    __host__ __device__ TileLayout(const kv_op_attend &op, int tile) {
-        const int d = op.head_dim;
+    int q, factor, score, total, scale, constant, top, length, keep, mask, k_words, k_rest, v_words, v_rest, end;
+    TileLayout(const kv_op_attend &op, int tile) {
+        const int d = op.head_dim, k = op.cache.k_dtype, v = op.cache.v_dtype, of_turn = 4 * kAttendThreads;
         q = 0;
         factor = q + tile * d;
         score = factor + (op.cache.k_dtype == KV_Q4 ? tile * d : 0);
@@ -27,7 +38,11 @@ struct TileLayout {
         length = top + tile;
         keep = length + tile;
         mask = keep + tile;
-        end = mask + d / 8;
+        k_words = (mask + d / 8 + 3) / 4 * 4;
+        k_rest = k_words + (is_staged(tile, k) ? k_turns(k, d) * of_turn : 0);
+        v_words = k_rest + (is_staged(tile, k) ? ((int)kv_head_bytes(k, d, 0) - code_bytes(k, d)) / 4 : 0);
+        v_rest = v_words + (is_staged(tile, v) ? (d / 32 + kTileWarps - 1) / kTileWarps * v_turns(v, d) * of_turn : 0);
+        end = v_rest + (is_staged(tile, v) ? ((int)kv_head_bytes(v, d, 1) - code_bytes(v, d)) / 4 : 0);
     }
 };
 
@@ -44,8 +59,39 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     uint32_t *mask = (uint32_t *)(shared + at.mask);
     const int k_dtype = op.cache.k_dtype, v_dtype = op.cache.v_dtype;
     const float scale = op.softcap > 0 ? op.scale / op.softcap : op.scale;
-    ask_for(op.cache, table.page[page], kv_head, d);
+    const bool k_staged = HALF && is_quantized(k_dtype), v_staged = HALF && is_quantized(v_dtype);
+    // Where a head has few groups of channels, the warps of a group share the tokens.
+    const int groups = d / 32, splits = splits_of(d), my_group = groups > 2 ? warp : warp % groups;
+    const int split = groups > 2 ? 0 : warp / groups, tokens_from = KV_PAGE / splits * split, tokens_to = tokens_from + KV_PAGE / splits;
+    const int first_pos = state->pos[begin], last_pos = state->pos[end - 1];
+    const int own = has_side(op.cache) ? first_pos / KV_PAGE * KV_PAGE : -1;
+    // Send for K, for V of page number i of the table, unless it is exact: a group of copies, of nothing where there is nothing to copy.
+    auto send_for_k = [&](int i) {
+        if (k_staged && i < stop && (k_dtype == KV_Q8 || table.base[i] != own)) {
+            const char *from = k_of(op.cache, table.page[i], kv_head, d);
+            const int codes = code_bytes(k_dtype, d), block = codes / (KV_PAGE / KV_LANES);
+            stage_words<kAttendThreads>(shared + at.k_words, TokenBlocks{from + 2 * warp * block, block}.quads(lane), k_turns(k_dtype, d));
+            stage_bytes<kAttendThreads>(shared + at.k_rest, from + codes, (int)kv_head_bytes(k_dtype, d, 0) - codes);
+        }
+        commit_copies();
+    };
+    auto send_for_v = [&](int i) {
+        if (v_staged && i < stop && (v_dtype == KV_Q8 || table.base[i] != own)) {
+            const char *from = v_of(op.cache, table.page[i], kv_head, d);
+            const int codes = code_bytes(v_dtype, d), turns = v_turns(v_dtype, d);
+#pragma unroll
+            for (int ng = 0; ng < NG; ng++) {
+                const int group_of_channels = my_group + kTileWarps * ng;
+                if (group_of_channels >= groups) continue;
+                stage_words<kAttendThreads>(shared + at.v_words + 4 * kAttendThreads * turns * ng, quads_of_v(from, v_dtype, 32 * group_of_channels, tokens_from, lane), turns);
+            }
+            stage_bytes<kAttendThreads>(shared + at.v_rest, from + codes, (int)kv_head_bytes(v_dtype, d, 1) - codes);
+        }
+        commit_copies();
+    };
+    if (!k_staged || !v_staged) ask_for(op.cache, table.page[page], kv_head, d);
     __syncthreads();                             // what the last part left has been read
+    if (HALF) send_for_k(page), send_for_v(page);
     for (int n = warp; n < kTile; n += kTileWarps) {
         const int row = begin + (first + n) / group, head = kv_head * group + (first + n) % group;
         float *to = q + n * d, most = 0;
@@ -62,13 +108,9 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         for (int c = lane; c < d; c += 32) total[n * d + c] = 0;
         if (lane == 0) scale_of[n] = 1 / power, top[n] = kLowest, length[n] = 0, keep[n] = 0, constant[n] = 0;
     }
+    if (HALF) wait_copies<1>();                  // K is here
     __syncthreads();
 
-    // Where a head has few groups of channels, the warps of a group share the tokens.
-    const int groups = d / 32, splits = groups > 2 ? 1 : kTileWarps / groups, my_group = groups > 2 ? warp : warp % groups;
-    const int split = groups > 2 ? 0 : warp / groups, tokens_from = KV_PAGE / splits * split, tokens_to = tokens_from + KV_PAGE / splits;
-    const int first_pos = state->pos[begin], last_pos = state->pos[end - 1];
-    const int own = has_side(op.cache) ? first_pos / KV_PAGE * KV_PAGE : -1;
     const Side side(op.cache, table, kv_head, op.kv_heads, d);
     float sum[NG][MT][4][4] = {};
     float unit[NG];                              // sums are in units of 1/unit
@@ -119,12 +161,20 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     for (; page < stop; page++) {
         if (page + 1 < stop) ask_for(op.cache, table.page[page + 1], kv_head, d);
         const int base = table.base[page];
-        const char *k = k_of(op.cache, table.page[page], kv_head, d), *v = v_of(op.cache, table.page[page], kv_head, d);
+        const char *k = k_of(op.cache, table.page[page], kv_head, d);
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};
-        if (all.low >= all.high) continue;
+        if (all.low >= all.high) {               // nothing of it is seen
+            if (HALF) {
+                send_for_k(page + 1);
+                wait_copies<0>();
+                __syncthreads();
+                send_for_v(page + 1);
+            }
+            continue;
+        }
         const bool coded = k_dtype == KV_Q4 && base != own;          // else, under KV_Q4, the page is exact
         if (coded) {
-            prepare_q4<kTile>(PageK4(k, d), d, q, factor, mask, constant);
+            prepare_q4<kTile>(PageK4(HALF ? (const char *)(shared + at.k_rest) : k + KV_PAGE * d / 2, d), d, q, factor, mask, constant);
             __syncthreads();
             for (int n = warp; n < kTile; n += kTileWarps) {
                 float most = 0;
@@ -139,13 +189,15 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         if (token0 < all.high && token0 + 32 > all.low) {
             float s[MT][4][4] = {};
             const bool sinks = coded && base == 0 && warp == 0;      // the first block is exact, the second is not
-            if (k_dtype == KV_Q8)
-                scores_8<MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}, (const uint16_t *)(k + KV_PAGE * d) + warp * d, d / 2, d, q,
-                                    lane, s);
-            else if (k_dtype == KV_F16)
+            if (k_dtype == KV_Q8) {
+                const Words words = HALF ? staged_words<kAttendThreads>(shared + at.k_words) : TokenBlocks{k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}.quads(lane);
+                const uint16_t *scales = HALF ? (const uint16_t *)(shared + at.k_rest) : (const uint16_t *)(k + KV_PAGE * d);
+                scores_8<MT, TERMS, HALF>(words, scales + warp * d, d / 2, d, q, lane, s);
+            } else if (k_dtype == KV_F16)
                 scores_16<F16, MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q, lane, s);
             else if (coded)
-                scores_4<MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 8, (int64_t)d * 8}, mask, d, factor, lane, s);
+                scores_4<MT, TERMS, HALF>(HALF ? staged_words<kAttendThreads>(shared + at.k_words) : TokenBlocks{k + (int64_t)2 * warp * d * 8, (int64_t)d * 8}.quads(lane), mask,
+                                          d, factor, lane, s);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -181,6 +233,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 }
         }
         __syncthreads();
+        if (HALF) send_for_k(page + 1);
         for (int n = warp; n < queries; n += kTileWarps) {
             const Slots mine = slots_of(base, state->pos[begin + (first + n) / group], op.window);
             float *of = score + n * KV_PAGE, x[KV_PAGE / 32], most = kLowest;
@@ -209,6 +262,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 top[n] = now;
             }
         }
+        if (HALF) wait_copies<1>();              // V is here
         __syncthreads();
 
         // KV_Q4: the rows' own page is exact; of the page of position 0 the first slots are, the others are not. Exact sums are
@@ -221,7 +275,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         for (int piece = 0; piece <= (sinks ? 1 : 0); piece++) {
             const bool exact = quantized && (base == own || piece == 1);
             const int dtype = exact ? KV_BF16 : v_dtype;
-            const char *from = !exact ? v : base == own ? side.v_open() : side.v_sinks();
+            const char *from = !exact ? v_of(op.cache, table.page[page], kv_head, d) : base == own ? side.v_open() : side.v_sinks();
             const Slots some = {sinks && piece == 0 ? KV_SINKS : all.low, piece == 1 ? KV_SINKS : all.high};
             if (exact) {
 #pragma unroll
@@ -236,16 +290,19 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 if (group_of_channels >= groups) continue;
                 const char *words = from + (int64_t)channel * 4;
                 if (dtype == KV_Q8 || dtype == KV_Q4) {
-                    const int bytes = dtype == KV_Q8 ? KV_PAGE * d : KV_PAGE * d / 2, of_group = dtype == KV_Q8 ? kv_q8_group(d) : kv_q4_group(d);
-                    const uint16_t *scales = (const uint16_t *)(from + bytes) + channel / of_group * KV_PAGE;
+                    const int of_group = dtype == KV_Q8 ? kv_q8_group(d) : kv_q4_group(d);
+                    const char *rest = HALF ? (const char *)(shared + at.v_rest) : from + code_bytes(dtype, d);
+                    const uint16_t *scales = (const uint16_t *)rest + channel / of_group * KV_PAGE;
+                    const Words v_words = HALF ? staged_words<kAttendThreads>(shared + at.v_words + 4 * kAttendThreads * v_turns(dtype, d) * ng)
+                                               : quads_of_v(from, dtype, channel, tokens_from, lane);
                     const float near_one = power_near_one(greatest(scales, some, lane));
                     rescale(ng, true, near_one);
                     if (dtype == KV_Q8) {
-                        sums_8<MT, TERMS, HALF>(from, channel, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                        sums_8<MT, TERMS, HALF>(v_words, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
                     } else {
                         float rest[MT][2] = {};
                         const uint16_t *zeros = scales + d / of_group * KV_PAGE;
-                        sums_4<MT, TERMS, HALF>(from, channel, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
+                        sums_4<MT, TERMS, HALF>(v_words, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
 #pragma unroll
                         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -269,14 +326,16 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 rotate_total();
             }
         }
+        if (HALF) wait_copies<0>();              // the next K is here
         __syncthreads();                         // before the next page's scores
+        if (HALF) send_for_v(page + 1);
     }
     flush();
 }
 
 template <int MT, int NG, int TERMS, bool HALF>
 static __global__ void __launch_bounds__(kAttendThreads, MT * NG == 1 ? 3 : 2)
-attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out) {
+attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, PartResults out, TileLayout at) {
     begin_kernel();
     KV_DYNAMIC_SHARED(float, shared);
     constexpr int kTile = HALF ? 8 : 16 * MT;
@@ -288,7 +347,6 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
     const int queries = (end - begin) * group - first < kTile ? (end - begin) * group - first : kTile;
     if (queries <= 0) return;
     const kv_table &table = table_of(state, op.cache, state->seq[begin]);
-    const TileLayout at(op, kTile);
     const TileSums tile = {begin, first, queries, (int)blockIdx.y, shared + at.total, shared + at.top, shared + at.length, shared + at.score};
     attend_parts(op, state, tiles, row0, out, table, end, tile,
                  [&](int page, int stop) { sum_pages<MT, NG, TERMS, HALF>(op, state, table, tile, group, end, page, stop, shared, at); });
@@ -296,11 +354,11 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
 
 cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid,
                                 cudaStream_t stream) {
-    const size_t shared = sizeof(float) * (size_t)TileLayout(op, t.tile).end;
+    const TileLayout at(op, t.tile);              // a parameter takes no registers
     const bool wide = op.head_dim > kWideTileDim;
     const auto kernel = t.tile == 32 ? attend_tiles<2, 1, 1, false> : t.tile == 16 ? attend_tiles<1, 2, 2, false>
                         : wide ? attend_tiles<1, 2, 2, true> : attend_tiles<1, 1, 2, true>;
-    return launch_shared(kernel, grid, kAttendThreads, shared, stream, op, state, t, row0, results);
+    return launch_shared(kernel, grid, kAttendThreads, sizeof(float) * (size_t)at.end, stream, op, state, t, row0, results, at);
 }
 
 }  // namespace kv

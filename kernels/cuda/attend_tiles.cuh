@@ -3,6 +3,7 @@
 #pragma once
 #include "attend.cuh"
 #include "mma.cuh"
+#include "stage.cuh"
 
 namespace kv {
 
@@ -15,7 +16,17 @@ struct TokenBlocks {
         const int g = lane / 4;
         return load16(k + g / 4 * stride + (j * 16 + 4 * (g % 4)) * 4);
     }
+    // Words 4s + lane%4 in turn s.
+    __device__ __forceinline__ Words quads(int lane) const {
+        const int g = lane / 4;
+        return {k + g / 4 * stride + (lane % 4 * 16 + 4 * (g % 4)) * 4, 256};
+    }
 };
+// The same of 32 channels of V of a quantized page, from the first of them and `token` on: 16 tokens of Q8 in a turn, 32 of Q4.
+static __device__ __forceinline__ Words quads_of_v(const char *v, int dtype, int channel, int token, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    return {v + (dtype == KV_Q8 ? kv_v8_index(token + 4 * t, channel + 4 * g) : kv_v4_index(token + 8 * t, channel + 4 * g)), 256};
+}
 
 template <class H, int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const float *q, int lane, float (*sum)[4][4]) {
@@ -51,16 +62,16 @@ static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS, HALF> &a, 
     a.set(3, second.z, second.w);
 }
 
-// scales: f16 [dim/32][16] of the first block of tokens, those of the other one scale_stride further.
+// k: the words that quads() gives. scales: f16 [dim/32][16] of the first block of tokens, those of the other one scale_stride further.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint16_t *scales, int scale_stride, int dim, const float *q, int lane,
+static __device__ __forceinline__ void scores_8(const Words &k, const uint16_t *scales, int scale_stride, int dim, const float *q, int lane,
                                                 float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
     for (int group = 0; group < dim / 32; group++) {
         float part[MT][4][4] = {};
 #pragma unroll
         for (int s = 2 * group; s < 2 * group + 2; s++) {
-            const uint4 v = k.words(4 * s + t, lane);
+            const uint4 v = k(s);
             const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
@@ -85,13 +96,13 @@ static __device__ __forceinline__ void scores_8(const TokenBlocks &k, const uint
     }
 }
 
-// factor and mask as prepare_q4 makes them.
+// k: the words that quads() gives. factor and mask as prepare_q4 makes them.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void scores_4(const TokenBlocks &k, const uint32_t *mask, int dim, const float *factor, int lane,
+static __device__ __forceinline__ void scores_4(const Words &k, const uint32_t *mask, int dim, const float *factor, int lane,
                                                 float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
     for (int s = 0; s < dim / 32; s++) {
-        const uint4 v = k.words(4 * s + t, lane);
+        const uint4 v = k(s);
         const uint32_t w[4] = {v.x, v.y, v.z, v.w}, low = mask[4 * s + t];
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
@@ -117,7 +128,7 @@ static __device__ __forceinline__ uint32_t inside(int token, Slots slots) {
 }
 
 // Weighted sums of 32 channels by a warp: sum[mt][i] is operand D whose column c is channel 4c + i. v: of a 16-bit page word 0
-// of the first of them, a word row having `dim` words; of a quantized one the page, with their first channel.
+// of the first of them, a word row having `dim` words; of a quantized one the words that quads_of_v() gives from `from` on.
 // Tokens [from, to), multiples of 32, of which those in `slots` count. weight: [tile][128].
 template <class H, int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const float *weight, Slots slots, int lane,
@@ -179,14 +190,14 @@ template <int TERMS, bool HALF> static __device__ __forceinline__ void set_rows(
 
 // scales: f16 [128] of these channels; `unit`: brings them near 1.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void sums_8(const char *v, int channel, const uint16_t *scales, float unit, int from, int to,
+static __device__ __forceinline__ void sums_8(const Words &v, const uint16_t *scales, float unit, int from, int to,
                                               const float *weight, Slots slots, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int s = from / 16; s < to / 16; s++) {
         if (16 * s >= slots.high || 16 * s + 16 <= slots.low) continue;
         const int token = 16 * s + 4 * t;
-        const uint4 d = load16(v + kv_v8_index(token, channel + 4 * g));
+        const uint4 d = v(s - from / 16);
         const uint32_t w[4] = {d.x, d.y, d.z, d.w};
         const float4 f = counted(halves4(scales + token), token, slots), scale = make_float4(f.x * unit, f.y * unit, f.z * unit, f.w * unit);
 #pragma unroll
@@ -202,12 +213,12 @@ static __device__ __forceinline__ void sums_8(const char *v, int channel, const 
 
 // As sums_8; zeros: f16 [128]. What they add to each channel of rows g and g + 8 goes to rest[mt][2], in parts by lane.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void sums_4(const char *v, int channel, const uint16_t *scales, const uint16_t *zeros, float unit,
+static __device__ __forceinline__ void sums_4(const Words &v, const uint16_t *scales, const uint16_t *zeros, float unit,
                                               int from, int to, const float *weight, Slots slots, int lane, float (*sum)[4][4], float (*rest)[2]) {
     const int g = lane / 4, t = lane % 4;
     for (int s = from / 32; s < to / 32; s++) {
         if (32 * s >= slots.high || 32 * s + 32 <= slots.low) continue;
-        const uint4 d = load16(v + kv_v4_index(32 * s + 8 * t, channel + 4 * g));
+        const uint4 d = v(s - from / 32);
         const uint32_t w[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
         for (int half = 0; half < 2; half++) {                       // low nibbles: four tokens, high ones: the next four

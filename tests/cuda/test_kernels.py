@@ -265,6 +265,16 @@ def test_quantized_windows(machine, rng, window, dtypes):
         compare(machine, rng, rows, last_rows(rows, 5), prefill=prefill, window=window)
 
 
+@pytest.mark.parametrize("dtypes", PAIRS, ids=ids)
+@pytest.mark.parametrize("first_page", [31, 95])
+def test_quantized_parts_of_several_pages(machine, rng, first_page, dtypes):
+    """From where on a part has two pages, and four: each is copied while the one before is worked on. Windows leave out the first of a part."""
+    start = first_page * PAGE
+    rows = filled(machine, rng, dtypes, length=5 * PAGE + 70, d=int(rng.choice([32, 64, 128, 160])), kv_heads=1, start=start, size=128)
+    for window in (0, 300):
+        compare(machine, rng, rows, last_rows(rows, 2), prefill=False, window=window)
+
+
 @pytest.mark.parametrize("dtypes", PAIRS[:2], ids=ids)
 @pytest.mark.parametrize("prefill", [False, True])
 def test_quantized_softcap_sinks_and_holes(machine, rng, prefill, dtypes):
