@@ -188,8 +188,9 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
     for (int i = 0; i < n_runs; i++) queries = runs[i].end - runs[i].begin > queries ? runs[i].end - runs[i].begin : queries;
     queries *= group;
     const int k_rows = 2 * queries * parts_of_k(op.cache.k_dtype, d);
+    const int depth = depth_of_k(op.cache.k_dtype, d);
     const bool low_tiles = is_quantized(op.cache) && k_rows <= 16;
-    if (low_tiles) configure_tiles(k_rows, 2 * queries);
+    if (low_tiles) configure_tiles(k_rows, 2 * queries, depth);
 #endif
     Place here{0, 0, 0, 0, 0};
     while (here.run + 1 < n_runs && runs[here.run].parts == 0) here.run++;
@@ -205,7 +206,7 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
         reduce(here, nullptr);
     }
 #if KV_TILES
-    if (low_tiles) configure_tiles(16, 16);
+    if (low_tiles) configure_tiles(16, 16, depth);
 #endif
     worker.finish();
     worker.barrier();
@@ -264,11 +265,16 @@ void attend(const kv_op_attend &op, const kv_state &state, kv::Worker &worker) {
 #if KV_TILES
     if (is_quantized(op.cache)) pages = attend_pages_int8, in_parts = false;
     else if (state.prefill && tiles_fit(op)) pages = op.cache.k_dtype == KV_F16 ? attend_pages_tiles<true> : attend_pages_tiles<false>, in_parts = false;
+    const int depth = depth_of_k(op.cache.k_dtype, op.head_dim);
+    if (depth < 64) configure_tiles(16, 16, depth);
 #else
     if (is_quantized(op.cache)) pages = attend_pages_quant;
 #endif
     if (state.prefill) attend_prefill(op, state, worker, mine, pages, in_parts);
     else attend_decode(op, state, worker, mine, scratch + worker.threads * thread_floats(op), pages);
+#if KV_TILES
+    if (depth < 64) configure_tiles(16, 16, 64);
+#endif
 }
 
 }  // namespace KV_NS

@@ -46,9 +46,10 @@ struct Block {
     int64_t q_term, p_term, page_term;
     int8_t *q8, *p8;                       // bytes of q and of the probabilities; for int8 tiles only, as what follows
     int64_t q8_rows;
-    float *q8_factor, *p8_factor, *k_zero, *p8_zero;
+    float *q8_factor, *p8_factor, *k_zero;
+    float *l16, *zero16;                   // lanes that add up to l, and [widths] to what V's zeros add to a stretch of o: [queries][16]
     int32_t *c32;
-    char *k_codes, *v_codes;               // KV_Q4: bytes of K and their lower bits; those of V cut in two
+    char *k_codes, *v_codes;               // KV_Q4: the codes in the lower bits of K; those of V cut in two
 
     void start() {
         for (int i = 0; i < rows * group; i++) m[i] = LOWEST, l[i] = 0;
@@ -63,8 +64,10 @@ static const int TILE = 12;                // most queries of one pass of the ve
 #endif
 static const bool TILES = KV_TILES;
 
-// KV_Q8 and KV_Q4 of K as int8 tiles see it: chunks of 64 channels, cut into parts that have a factor each.
-static inline int chunks_of_k(int dtype, int d) { return dtype == KV_Q8 || d <= 64 ? (d + 63) / 64 : 2 * ((d / 2 + 63) / 64); }
+// What an int8 tile sums over, in bytes of K: KV_Q8 has chunks of 64 channels (the last may be padding), cut into parts that
+// have a factor each; KV_Q4 has chunks of pairs of channels, and as many again of the codes in their lower bits, under one factor.
+static inline int chunks_of_k(int dtype, int d) { return dtype == KV_Q8 ? (d + 63) / 64 : 2 * ((d + 127) / 128); }
+static inline int depth_of_k(int dtype, int d) { return dtype == KV_Q4 ? d / chunks_of_k(KV_Q4, d) : 64; }
 static inline int parts_of_k(int dtype, int d) { return dtype == KV_Q8 ? 64 / kv_q8_group(d) : 1; }
 
 // Channels of V that share a scale, and how many tiles of sums there are before they are read.
@@ -110,17 +113,19 @@ static inline int64_t block_in(Block &b, float *at, int queries, int head_dim, c
         // Sums of V: those of all widths at once for the queries of one tile, else those of one width.
         const int64_t rows = n > 8 * widths ? n : 8 * widths;
         int64_t tiles = TILES_AT_ONCE;
-        for (const int64_t needed : {n * parts / 8 * chunks, n / 8 * (width / 16), (int64_t)head_dim / 16})
+        const int64_t of_k = n * parts / 8 * (cache.k_dtype == KV_Q8 ? chunks : 1);
+        for (const int64_t needed : {of_k, n / 8 * (width / 16), (int64_t)head_dim / 16})
             if (tiles < needed) tiles = needed;
         b.q8_rows = n * parts * 2;
         b.q8 = (int8_t *)take(chunks * b.q8_rows * 16);
         b.q8_factor = take(n * chunks * parts);
         b.p8 = (int8_t *)take(rows * 2 * KV_PAGE / 4);
         b.p8_factor = take(rows);
-        b.p8_zero = take(rows);
-        b.k_zero = take(n);
+        b.k_zero = take(n + 4);                // four are written at once
+        b.l16 = take(n * 16);
+        b.zero16 = take(cache.v_dtype == KV_Q4 ? widths * n * 16 : 0);
         b.c32 = (int32_t *)take(tiles * 256);
-        b.k_codes = (char *)take(cache.k_dtype == KV_Q4 ? KV_PAGE * chunks * CHUNK / 4 : 0);
+        b.k_codes = (char *)take(cache.k_dtype == KV_Q4 ? KV_PAGE * head_dim / 8 : 0);
         b.v_codes = (char *)take(cache.v_dtype == KV_Q4 ? KV_PAGE * head_dim / 4 : 0);
     }
     return at - begin;

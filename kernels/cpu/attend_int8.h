@@ -14,6 +14,11 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
     const int64_t k_bytes = kv_head_bytes(cache.k_dtype, d, 0), v_bytes = kv_head_bytes(cache.v_dtype, d, 1);
     PairsOfK pairs;
     if (cache.k_dtype == KV_Q8 && !block.split) split_queries_q8(block), block.split = true;
+    // The sums of a part are kept by lanes, and added up at its end.
+    const int64_t n = block.rows * group, zeros = cache.v_dtype == KV_Q4 ? d / kv_q4_group(d) * n : 0;
+    memset(block.o, 0, sizeof(float) * (size_t)(n * d));
+    memset(block.l16, 0, sizeof(float) * (size_t)(n * 16));
+    memset(block.zero16, 0, sizeof(float) * (size_t)(zeros * 16));
     for (; page < end; page++) {
         const Seen seen = seen_of(block, table.base[page]);
         if (seen.from == seen.to) continue;
@@ -28,12 +33,12 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             if (piece.dtype == KV_Q8) {
                 const CodesOfK codes{piece.data, (int64_t)d * 16, chunks_of_k(KV_Q8, d), parts_of_k(KV_Q8, d),
                                      (const uint16_t *)(piece.data + KV_PAGE * d), d / kv_q8_group(d)};
-                scores_int8(block, codes, false, from, to, first, last, next);
+                scores_q8(block, codes, from, to, first, last, next);
             } else if (piece.dtype == KV_Q4) {
                 pairs.read(piece.data, d);
-                const CodesOfK codes = cut_k_q4(piece.data, pairs, d, from, to, block.k_codes);
+                cut_k_q4(piece.data, pairs, d, from, to, block.k_codes);
                 split_queries_q4(block, pairs, first, last);
-                scores_int8(block, codes, true, from, to, first, last, next);
+                scores_q4(block, piece.data, block.k_codes, from, to, first, last, next);
             } else {
                 for (int i = first, n; i < last; i += n) {
                     n = pass_of(last - i);
@@ -48,10 +53,19 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             for (int i = first; i < last; i++) block.keep[i] = top_of_whole_page(block.s + i * block.s_stride, block.m[i]);
         for (int i = first; i < last; i++) {
             float *s = block.s + i * block.s_stride;
-            if (block.l[i] == 0) memset(block.o + (int64_t)i * d, 0, sizeof(float) * (size_t)d);
-            block.keep[i] = whole ? softmax_whole_page(s, block.keep[i], block.m[i], block.l[i])
-                                  : softmax_page(s, seen.low_of(block, i / group), seen.high_of(block, i / group), first_block, last_block,
-                                                 block.softcap, block.m[i], block.l[i]);
+            float keep, *const l16 = block.l16 + 16 * i;
+            f32x16 sums;
+            if (whole) {
+                sums = softmax_whole_page(s, block.keep[i]);
+                keep = shrink(block.m[i], block.keep[i]);
+                block.m[i] = block.keep[i];
+            } else {
+                keep = softmax_page(s, seen.low_of(block, i / group), seen.high_of(block, i / group), first_block, last_block, block.softcap,
+                                    block.m[i], sums);
+            }
+            store(l16, fma(load(l16), splat(keep), sums));
+            for (int64_t j = i; j < zeros; j += n) store(block.zero16 + 16 * j, load(block.zero16 + 16 * j) * splat(keep));
+            block.keep[i] = keep;
         }
         const Next next{ahead, k_bytes};
         for (int j = 0; j < v.n; j++) {
@@ -79,6 +93,14 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
                 }
             }
             for (int i = first; i < last; i++) block.keep[i] = 1;
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        block.l[i] = sum(load(block.l16 + 16 * i));
+        float *o = block.o + (int64_t)i * d;
+        for (int64_t j = i; j < zeros; j += n) {
+            const f32x16 zero = splat(sum(load(block.zero16 + 16 * j)));
+            for (const float *end = o + kv_q4_group(d); o < end; o += 16) store(o, load(o) + zero);
         }
     }
 }

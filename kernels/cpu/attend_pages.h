@@ -118,15 +118,11 @@ template <class F, class... Args> static inline void pass(int n, Args... args) {
     }
 }
 
-// Adds a page's maximum and sum to a query's; returns by how much what was summed before shrinks.
-static inline float add_page(float new_m, float page_sum, float &m, float &l) {
-    const float keep = l == 0 ? 0.f : m == new_m ? 1.f : first(exp(splat(m - new_m)));
-    l = l * keep + page_sum;
-    m = new_m;
-    return keep;
-}
+// By how much what was summed under the maximum m before shrinks.
+static inline float shrink(float m, float new_m) { return m == new_m ? 1.f : m == LOWEST ? 0.f : first(exp(splat(m - new_m))); }
 
-// softmax_page where all slots of the page are seen, in two halves, for queries in turn to wait less: the new maximum, then the rest.
+// softmax_page where all slots of the page are seen, in two halves, for queries in turn to wait less: the new maximum, then the rest,
+// which returns lanes that add up to the page's sum.
 static inline float top_of_whole_page(const float *s, float m) {
     f32x16 x[KV_PAGE / 16];
     for (int b = 0; b < KV_PAGE / 16; b++) x[b] = load(s + 16 * b);
@@ -134,20 +130,25 @@ static inline float top_of_whole_page(const float *s, float m) {
         for (int b = 0; b < n; b++) x[b] = max(x[b], x[b + n]);
     return max(max(splat(m), x[0]));
 }
-static inline float softmax_whole_page(float *s, float new_m, float &m, float &l) {
+static inline f32x16 softmax_whole_page(float *s, float new_m) {
     f32x16 sums[2] = {splat(0), splat(0)};
     for (int b = 0; b < KV_PAGE / 16; b++) {
         const f32x16 p = exp_below(load(s + 16 * b) - splat(new_m));
         sums[b % 2] = sums[b % 2] + p;
         store(s + 16 * b, p);
     }
-    return add_page(new_m, sum(sums[0] + sums[1]), m, l);
+    return sums[0] + sums[1];
 }
 
-// Turns one query's scores of the slots [low, high) of a page into probabilities relative to the new maximum, zero
-// in the other slots of blocks [first, last); returns by how much what was summed before shrinks.
-static inline float softmax_page(float *s, int low, int high, int first_block, int last_block, float softcap, float &m, float &l) {
-    if (low == 0 && high == KV_PAGE && softcap <= 0) return softmax_whole_page(s, top_of_whole_page(s, m), m, l);
+// Turns one query's scores of the slots [low, high) of a page into probabilities relative to the new maximum, zero in the other
+// slots of blocks [first, last), and the lanes of `sums` into what adds up to theirs; returns by how much what was summed before shrinks.
+static inline float softmax_page(float *s, int low, int high, int first_block, int last_block, float softcap, float &m, f32x16 &sums) {
+    if (low == 0 && high == KV_PAGE && softcap <= 0) {
+        const float new_m = top_of_whole_page(s, m), keep = shrink(m, new_m);
+        sums = softmax_whole_page(s, new_m);
+        m = new_m;
+        return keep;
+    }
     f32x16 top = splat(m);
     for (int b = low / 16; b * 16 < high; b++) {
         f32x16 x = load(s + 16 * b);
@@ -158,7 +159,7 @@ static inline float softmax_page(float *s, int low, int high, int first_block, i
         top = max(top, slots_inside(b, low, high, x, splat(LOWEST)));
     }
     const float new_m = max(top);
-    f32x16 sums = splat(0);
+    sums = splat(0);
     for (int b = first_block; b < last_block; b++) {
         f32x16 p = splat(0);
         if (16 * b < high && 16 * b + 16 > low) {
@@ -167,7 +168,9 @@ static inline float softmax_page(float *s, int low, int high, int first_block, i
         }
         store(s + 16 * b, p);
     }
-    return add_page(new_m, sum(sums), m, l);
+    const float keep = shrink(m, new_m);
+    m = new_m;
+    return keep;
 }
 
 // Channels past the last whole 16 of a head.
@@ -203,8 +206,10 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
             for (int j = 0; j < n; j++) {
                 const int r = (i + j) / group;
                 const bool fresh = block.l[i + j] == 0;
+                f32x16 sums;
                 keep[j] = softmax_page(block.s + j * block.s_stride, seen.low_of(block, r), seen.high_of(block, r), first_block,
-                                       last_block, block.softcap, block.m[i + j], block.l[i + j]);
+                                       last_block, block.softcap, block.m[i + j], sums);
+                block.l[i + j] = block.l[i + j] * keep[j] + sum(sums);
                 if (fresh) memset(block.o + (int64_t)(i + j) * d, 0, sizeof(float) * (size_t)d);
             }
             pass<V>(n, v, (int64_t)d * 2, (int64_t)32, blocks_v, low / 2, high / 2, high % 2 != 0, (const float *)block.s,

@@ -85,8 +85,10 @@ static void attend_pages_quant(Block &block, const kv_cache &cache, const kv_tab
             for (int j = 0; j < n; j++) {
                 const int r = (i + j) / group;
                 const bool fresh = block.l[i + j] == 0;
+                f32x16 sums;
                 keep[j] = softmax_page(block.s + j * block.s_stride, seen.low_of(block, r), seen.high_of(block, r), first_block,
-                                       last_block, block.softcap, block.m[i + j], block.l[i + j]);
+                                       last_block, block.softcap, block.m[i + j], sums);
+                block.l[i + j] = block.l[i + j] * keep[j] + sum(sums);
                 if (fresh) memset(block.o + (int64_t)(i + j) * d, 0, sizeof(float) * (size_t)d);
             }
             const float *keeps = keep;

@@ -49,15 +49,16 @@ static inline void split_products(const float *p, const float *u, int8_t *high, 
     _mm512_storeu_si512(low, bytes_in_order(_mm512_and_si512(y[0], byte), _mm512_and_si512(y[1], byte), false));
 }
 
-// o = keep*o + weighted sums of the codes [D/16][128/4][16][4] over the slots [from, stop), for the queries [first, last). `width`
-// channels share a scale. Probabilities are at most 1; those of slots that a row does not see are 0 or anything.
+// o = keep*o + weighted sums of the codes [D/16][128/4][16][4], and zero16 += those of the zeros, over the slots [from, stop), for the
+// queries [first, last). `width` channels share a scale. Probabilities are at most 1; those of slots that a row does not see are 0 or anything.
 template <bool Q4>
 static void sums_int8(const Block &block, const Seen &seen, const char *codes, const uint16_t *scale, const uint16_t *zero, int width, int from,
                       int stop, int first, int last, const Next &next) {
     const int d = block.head_dim, m = first / 8, m_end = (last + 7) / 8, half = from / CHUNK, half_end = (stop + CHUNK - 1) / CHUNK;
     const int64_t step = next.bytes * 16 / d, s_stride = block.s_stride;
     int8_t *const p8 = block.p8;
-    float *const o_all = block.o, *const factors = block.p8_factor, *const zeros = block.p8_zero;
+    float *const o_all = block.o, *const factors = block.p8_factor;
+    const int64_t n = block.rows * block.group;
     const float *const keep = block.keep;
     // A row's result must not depend on the rows beside it, so where they see different slots each has its own factor.
     const bool alike = seen.low_of(block, seen.to - 1) <= from && seen.high_of(block, seen.from) >= stop;
@@ -76,6 +77,7 @@ static void sums_int8(const Block &block, const Seen &seen, const char *codes, c
                 }
                 const float *p = block.s + i * s_stride;
                 int8_t *to = to8 + 2 * (i - 8 * m) * KV_PAGE;
+                float *const zero16 = block.zero16 + (g / width * n + i) * 16;
                 f32x16 sum_zero = splat(0);
                 for (int h = half; h < half_end; h++) {
                     alignas(64) float cut[CHUNK];
@@ -93,35 +95,41 @@ static void sums_int8(const Block &block, const Seen &seen, const char *codes, c
                         for (int b = 0; b < CHUNK; b += 16) sum_zero = fma(load(p64 + b), load(slots.zero + h * CHUNK + b), sum_zero);
                 }
                 factors[at + i - 8 * m] = slots.factor;
-                if (Q4) zeros[at + i - 8 * m] = sum(sum_zero);
+                if (Q4) store(zero16, load(zero16) + sum_zero);
             }
         }
         asm volatile("" ::: "memory");         // tile loads do not tell the compiler that they read memory
         int32_t *c32 = block.c32;
-        for (int c = begin; c < begin + at_once; c += 16) {
-            next.fetch(c / 16 * step, (c / 16 + 1) * step);
-            const int8_t *a = p8 + (c - begin) / width * 16 * tiles * KV_PAGE;
-            for (int t = 0; t < tiles; t++, a += 16 * KV_PAGE, c32 += 256) {
-                _tile_zero(2);
-                for (int h = half; h < half_end; h++) {
-                    _tile_loadd(7, codes + c * KV_PAGE + h * 1024, 64);
-                    _tile_loadd(3, a + h * CHUNK, KV_PAGE);
-                    _tile_dpbusd(2, 3, 7);
+        const int8_t *a = p8;
+        for (int g = begin; g < begin + at_once; g += width, a += 16 * tiles * KV_PAGE) {
+            if (tiles == 1) {                  // two tiles hold all that V is multiplied by
+                _tile_loadd(3, a + half * CHUNK, KV_PAGE);
+                if (half_end - half == 2) _tile_loadd(1, a + half * CHUNK + CHUNK, KV_PAGE);
+            }
+            for (int c = g; c < g + width; c += 16) {
+                next.fetch(c / 16 * step, (c / 16 + 1) * step);
+                for (int t = 0; t < tiles; t++, c32 += 256) {
+                    const char *b = codes + c * KV_PAGE;
+                    _tile_zero(2);
+                    for (int h = half; h < half_end; h++) {
+                        _tile_loadd(7, b + h * 1024, 64);
+                        if (tiles > 1) _tile_loadd(3, a + t * 16 * KV_PAGE + h * CHUNK, KV_PAGE);
+                        if (tiles > 1 || h == half) _tile_dpbusd(2, 3, 7);
+                        else _tile_dpbusd(2, 1, 7);
+                    }
+                    _tile_stored(2, c32, 64);
                 }
-                _tile_stored(2, c32, 64);
             }
         }
         asm volatile("" ::: "memory");
         const int32_t *sums = block.c32 + (first - 8 * m) * 32;
-        for (int c = begin; c < begin + at_once; c += 16, sums += tiles * 256) {
-            const int at = (c - begin) / width * 8 * tiles - 8 * m;
-            const int32_t *row = sums;
-            float *o = o_all + (int64_t)first * d + c;
-            for (int i = first; i < last; i++, o += d, row += 32) {
-                const f32x16 x = fma(join(row), splat(factors[at + i]), load(o) * splat(keep[i]));
-                store(o, Q4 ? x + splat(zeros[at + i]) : x);
+        const float *factor = factors + first - 8 * m;
+        for (int g = begin; g < begin + at_once; g += width, factor += 8 * tiles)
+            for (int c = g; c < g + width; c += 16, sums += tiles * 256) {
+                const int32_t *row = sums;
+                float *o = o_all + (int64_t)first * d + c;
+                for (int i = first; i < last; i++, o += d, row += 32) store(o, fma(join(row), splat(factor[i - first]), load(o) * splat(keep[i])));
             }
-        }
     }
 }
 

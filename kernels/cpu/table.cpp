@@ -7,7 +7,7 @@ namespace KV_NS {
 // Runs in every thread before it takes part in a step.
 static void thread_start() {
 #if defined(__AMX_TILE__)
-    configure_tiles(16, 16);
+    configure_tiles(16, 16, 64);
 #endif
 }
 

@@ -116,19 +116,28 @@ class Comparison:
         return out
 
 
+SETTLE_STEPS, SETTLE_SECONDS = 20, 0.2
+"""Decode steps before those that count, at most: after a change of caches, what a last-level cache keeps takes this long to settle."""
+
+
 def decode_ms(tracks: Items[Track], token: int, *, rounds: int, steps: int = 4) -> list[float]:
-    """Milliseconds of one decode step behind what each cache holds now: the median of `rounds`, the tracks taking
-    turns, each the mean of `steps` after one that brings this cache into the processor's. The caches are left as they
-    were, and must have room for one token more than `steps`."""
+    """Milliseconds of one decode step behind what each cache holds now, in steady decoding: the median of `rounds`, the
+    tracks taking turns, each the mean of `steps` after one and up to SETTLE_STEPS others, which are taken back. The
+    caches are left as they were, and must have room for SETTLE_STEPS and for one token more than `steps`."""
     seconds: list[list[float]] = [[] for _ in tracks]
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for track, taken in zip(tracks, seconds, strict=True):
             length = track.length
+            end = perf_counter() + SETTLE_SECONDS
+            for _ in range(SETTLE_STEPS):
+                track.decode(token)
+                if perf_counter() > end:
+                    break
+            track.rewind(length)
             following = track.decode(token)
             started = perf_counter()
             for _ in range(steps):
                 following = track.decode(following)
-            if round_:  # the first warms up
-                taken.append((perf_counter() - started) / steps)
+            taken.append((perf_counter() - started) / steps)
             track.rewind(length)
     return [1000 * float(np.median(taken)) for taken in seconds]

@@ -8,7 +8,7 @@ import pytest
 from kvrun.blueprint import Blueprint, Shape
 from kvrun.cache.formats import KV_CHOICES
 from kvrun.hub import resolve
-from kvrun.measure.divergence import Comparison, decode_ms
+from kvrun.measure.divergence import SETTLE_STEPS, Comparison, decode_ms
 from kvrun.measure.tracks import Model
 from kvrun.runtime import open_engine
 
@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_the_logits(random_folder, rng, device):
     kvs = ("f16", *(kv for kv in KV_CHOICES if kv != "f16"), "f16")
     windows = [[rng.randrange(256) for _ in range(140)] for _ in range(2)]
     with Blueprint(files, Shape(device, threads=2, max_out=16, prefill_chunk=64)) as blueprint:
-        with Model(blueprint, 141, kvs) as model:
+        with Model(blueprint, 139 + SETTLE_STEPS + 1, kvs) as model:
             comparison = Comparison(model.tracks)
             for window in windows:
                 comparison.add(window)
