@@ -36,7 +36,10 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     float *top = tile.top, *length = tile.length;
     uint32_t *mask = (uint32_t *)(shared + at.mask);
     const float scale = op.softcap > 0 ? op.scale / op.softcap : op.scale;
-    ask_for(op.cache, table.page[page], kv_head, d);
+    const int first_pos = state->pos[begin], last_pos = state->pos[end - 1];
+    const int own = has_side(op.cache) ? first_pos / KV_PAGE * KV_PAGE : -1;
+    const Side side(op.cache, table, kv_head, op.kv_heads, d);
+    ask_for(op.cache, table, page, own, last_pos, side);
     __syncthreads();                             // what the last part left has been read
     for (int n = warp; n < NQ; n += warps) {
         const int i = first + (n < queries ? n : 0), row = begin + i / group, head = kv_head * group + i % group;
@@ -49,9 +52,6 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     __syncthreads();
 
     const int quads = d / 4, groups = kAttendThreads / quads, quad = threadIdx.x % quads, turn = threadIdx.x / quads;
-    const int first_pos = state->pos[begin], last_pos = state->pos[end - 1];
-    const int own = has_side(op.cache) ? first_pos / KV_PAGE * KV_PAGE : -1;
-    const Side side(op.cache, table, kv_head, op.kv_heads, d);
     float sum[NQ][4];
 #pragma unroll
     for (int n = 0; n < NQ; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
@@ -81,7 +81,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     };
 
     for (; page < stop; page++) {
-        if (page + 1 < stop) ask_for(op.cache, table.page[page + 1], kv_head, d);
+        if (page + 1 < stop) ask_for(op.cache, table, page + 1, own, last_pos, side);
         const int base = table.base[page];
         const char *k = k_of(op.cache, table.page[page], kv_head, d), *v = v_of(op.cache, table.page[page], kv_head, d);
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};

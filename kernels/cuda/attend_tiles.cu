@@ -89,7 +89,8 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         }
         commit_copies();
     };
-    if (!k_staged || !v_staged) ask_for(op.cache, table.page[page], kv_head, d);
+    const Side side(op.cache, table, kv_head, op.kv_heads, d);
+    ask_for(op.cache, table, page, own, last_pos, side);
     __syncthreads();                             // what the last part left has been read
     if (HALF) send_for_k(page), send_for_v(page);
     for (int n = warp; n < kTile; n += kTileWarps) {
@@ -111,7 +112,6 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     if (HALF) wait_copies<1>();                  // K is here
     __syncthreads();
 
-    const Side side(op.cache, table, kv_head, op.kv_heads, d);
     float sum[NG][MT][4][4] = {};
     float unit[NG];                              // sums are in units of 1/unit
 #pragma unroll
@@ -159,7 +159,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     };
 
     for (; page < stop; page++) {
-        if (page + 1 < stop) ask_for(op.cache, table.page[page + 1], kv_head, d);
+        if (page + 1 < stop) ask_for(op.cache, table, page + 1, own, last_pos, side);
         const int base = table.base[page];
         const char *k = k_of(op.cache, table.page[page], kv_head, d);
         const Slots all = {slots_of(base, first_pos, op.window).low, slots_of(base, last_pos, op.window).high};

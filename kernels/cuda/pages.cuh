@@ -60,21 +60,32 @@ struct Side {
     __device__ __forceinline__ float *qsq() const { return (float *)(k + kv_side_qsq(h, kv_heads, head_dim)); }
 };
 
-// Asks for K and V of KV head h in page number `page`, by all threads of the block: they come to the L2 cache while other work is
-// done, so that loads into registers need not bridge the whole way. The emulator looks whether all of it may be read.
-static __device__ __forceinline__ void ask_for(const kv_cache &cache, int page, int h, int head_dim) {
+// Asks for `bytes` bytes, by all threads of the block: they come to the L2 cache while other work is done, so that loads into registers
+// need not bridge the whole way. The emulator looks whether all of it may be read.
+static __device__ __forceinline__ void ask_for(const char *from, int bytes) {
+#pragma unroll 1
+    for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) {
+#ifdef KVRUN_SIMT
+        (void)*(volatile const char *)(from + at);
+#else
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+#endif
+    }
+}
+// The same of K and V of a head in page i of the table, as rows up to last_pos in the page at `own` read them: under KV_Q4 that one and the
+// first slots of all are in the side memory.
+static __device__ __forceinline__ void ask_for(const kv_cache &cache, const kv_table &table, int i, int own, int last_pos, const Side &side) {
+    const int base = table.base[i], block = KV_LANES * side.head_dim * 2;
 #pragma unroll 1
     for (int is_v = 0; is_v < 2; is_v++) {
-        const char *from = is_v ? v_of(cache, page, h, head_dim) : k_of(cache, page, h, head_dim);
-        const int bytes = (int)kv_head_bytes(is_v ? cache.v_dtype : cache.k_dtype, head_dim, is_v);
-#pragma unroll 1
-        for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) {
-#ifdef KVRUN_SIMT
-            (void)*(volatile const char *)(from + at);
-#else
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
-#endif
+        const int dtype = is_v ? cache.v_dtype : cache.k_dtype;
+        if (dtype == KV_Q4 && base == own) {
+            ask_for(is_v ? side.v_open() : side.k_open(), ((last_pos - base) / KV_LANES + 1) * block);
+            continue;
         }
+        const int page = table.page[i];
+        ask_for(is_v ? v_of(cache, page, side.h, side.head_dim) : k_of(cache, page, side.h, side.head_dim), (int)kv_head_bytes(dtype, side.head_dim, is_v));
+        if (dtype == KV_Q4 && base == 0) ask_for(is_v ? side.v_sinks() : side.k_sinks(), block);
     }
 }
 
