@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 
 import pytest
@@ -17,6 +18,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # An example may take as long as a busy machine makes it.
 settings.register_profile("kvrun", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvrun")
+
+
+@pytest.fixture
+def rng():
+    """Random inputs; pytest shows the seed when the test fails."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -18,14 +17,6 @@ KVRUN = [sys.executable, "-m", "kvrun"]
 LINES = [b"line %d\n" % i for i in range(100, 200)]
 HOSTILE = [b"safe ", b"\x1b", b"]52;c;cm0=\x07", b"\x1b[2", b"J", b"\xc2\x9b31mred", b"\xe2\x80", b"\xaetxt", b" [bold]markup[/bold]",
            b"\x1b]0;title\x07", b" \xe4\xb8\x96", b" end"]
-
-
-@pytest.fixture
-def rng():
-    """Random inputs; pytest shows the seed when the test fails."""
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

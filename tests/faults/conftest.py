@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..cli.conftest import (KVRUN, chat, endless, environment, home, hostile, kvrun, random_folder, rng, scripted,  # noqa: F401
+from ..cli.conftest import (KVRUN, chat, endless, environment, home, hostile, kvrun, random_folder, scripted,  # noqa: F401
                             state, terminal, without_template)
 from ..hub.conftest import Hub, Machine, Repo, hub, machine, tiny_gguf  # noqa: F401
 

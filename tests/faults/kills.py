@@ -35,6 +35,8 @@ from kvrun.cache.session import SessionStore, commit
 from kvrun.cache.session_pages import PageArchive, digest
 from kvrun.weights.kept import KeptWeights
 
+from ..cache.documents import document
+
 GROUPS = (CacheGroup(window=0, layers=(0, 2), kv_heads=1, head_dim=16), CacheGroup(window=200, layers=(1,), kv_heads=1, head_dim=16))
 
 
@@ -76,33 +78,22 @@ def save_sessions(folder: Path, seed: int) -> None:
         sequence.extend(int(draw.integers(1, 129 - sequence.length % 128)))
         for group in range(len(GROUPS)):
             pool.page(group, sequence.tables()[group].pages[-1])[:] = draw.integers(0, 256, pool.groups[group].page_stride, dtype=np.uint8)
+            pool.groups[group].side[:64] = draw.integers(0, 256, 64, dtype=np.uint8)
         archive.mark(step + 1, whole=True)
         assert archive.failed is None
-        commit(session, archive, lambda step=step: _document(step, archive))
-
-
-def _document(step: int, archive: PageArchive) -> dict:
-    """A sound one, with the pages in it that its marks need."""
-    from kvrun.cache.session_document import FORMAT
-
-    texts = {"model": ("name", "call", "path", "kv", "weights"), "identity": ("weights", "tokenizer", "cache", "template", "ropes")}
-    parts = {part: dict.fromkeys(names, "x") for part, names in texts.items()}
-    parts["model"] |= {"n_ctx": 2048, "revision": None}
-    needed = archive.files()
-    return parts | {"format": FORMAT, "created": 1, "saved": step, "system": None, "turns": [], "settings": {}, "tokens": [], "positions": [], "marks": [],
-                    "pages": [[group, base, page.rows, page.file] for (group, base), page in archive.saved.items() if page.file in needed]}
+        commit(session, archive, lambda step=step: document(saved=step, needed=sorted(archive.files())))
 
 
 def check_sessions(folder: Path) -> int:
     session = SessionStore(folder).open("s")
-    document = session.read()       # raises for what is no session
-    pages = [file for *_, file in document.get("pages", ())]
-    for file in pages:
+    found = session.read()          # raises for what is no session
+    needed = found.get("needed", [])
+    for file in needed:
         page_is_whole(session.pages / file)
     partial = [p for p in session.folder.iterdir() if p.name.startswith(".")]
     session.close()
     assert not partial and len(list(folder.iterdir())) <= 1
-    return len(pages)
+    return len(needed)
 
 
 # ---- prompts ----

@@ -25,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.append(str(TESTS))             # for cli.terminal and engine.tiny_model, where this runs as a script
 WORDS = (TESTS / "data" / "alice.txt").read_text(encoding="utf-8").split()
 GROWTH = 96 << 20
 """Bytes that resident memory may grow by after the first turns: conversations of up to CLEAR turns, pages of Python's own."""
@@ -115,38 +116,22 @@ class Typist:
         self.counts: Counter[str] = Counter()
         self.said = self.evictions = 0
         self.sizes: list[list[int]] = []        # resident bytes before each prompt, of each process
-        self.tail = b""
         self.fixed = [model, "--n-ctx", str(n_ctx), "--overflow", "evict", "--threads", "1", "--offline"]
         self.environment = {**{k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "KVRUN_"))}, "TERM": "xterm-256color", "COLUMNS": "100",
                             "XDG_STATE_HOME": str(home / "state"), "XDG_CONFIG_HOME": str(home / "config"), "LANG": "C.UTF-8"}
-        self.process = None
+        self.terminal = None
 
     def open(self) -> None:
         """A new process, which goes on with the last session where there is one."""
-        import pexpect
+        from cli.terminal import Terminal
 
         go_on = ["-c"] if (self.home / "state/kvrun/sessions").is_dir() and self.draw.random() < 0.8 else []
         options = ["--kv", self.draw.choice(("f16", "q8", "q4", "q8/q4"))] if self.draw.random() < 0.5 else []
         arguments = [str(Path(__file__)), "--watch", str(self.report), "--memory", str(self.limit >> 20), "--", *self.fixed, *options, *go_on,
                      "--max-tokens", str(self.draw.choice((8, *3 * (self.longest,)))), "--seed", str(self.draw.randrange(1 << 30)), "--temp", "0.9"]
-        self.process = pexpect.spawn(sys.executable, arguments, env=self.environment, dimensions=(30, 100), timeout=None)
+        self.terminal = Terminal([sys.executable, *arguments], self.environment, columns=100, rows=30)
         self.sizes.append([])
         self.counts["processes"] += 1
-
-    def pump(self, seconds: float) -> bool:
-        """Reads the screen for a while, and answers what the prompt asks of a terminal. False when the process has ended."""
-        import pexpect
-
-        try:
-            data = self.process.read_nonblocking(1 << 16, timeout=seconds)
-        except pexpect.TIMEOUT:
-            return True
-        except pexpect.EOF:
-            return False
-        self.tail = (self.tail + data)[-6000:]
-        if b"\x1b[6n" in data:
-            self.process.send("\x1b[1;1R")
-        return True
 
     def wait_prompt(self, seconds: float = 300) -> bool:
         """Until the chat has looked at itself and asks for the next line. False when it has ended instead."""
@@ -161,7 +146,7 @@ class Typist:
                 for line in whole.splitlines():
                     self.note(json.loads(line))
                 return True
-            if not self.pump(0.05):
+            if not self.terminal.read(0.05):
                 return False
             if time.monotonic() > end:
                 raise AssertionError(f"no prompt for {seconds:.0f} s")
@@ -202,41 +187,39 @@ class Typist:
         how = self.draw.choice(("exit", "end", "terminate", "kill"))
         self.counts[how] += 1
         if how == "exit":
-            self.process.send("/exit\r")
+            self.terminal.send("/exit\r")
         elif how == "end":
-            self.process.send("\x04")
+            self.terminal.send("\x04")
         else:
             if self.draw.random() < 0.5:
-                self.process.send(self.words(20) + "\r")
-                self.pump(self.draw.random())
-            self.process.kill(signal.SIGTERM if how == "terminate" else signal.SIGKILL)
+                self.terminal.send(self.words(20) + "\r")
+                self.terminal.read(self.draw.random())
+            self.terminal.process.kill(signal.SIGTERM if how == "terminate" else signal.SIGKILL)
         self.close({"exit": (0,), "end": (0,), "terminate": (0, 143), "kill": (0, -9)}[how], again="\x04" if how == "end" else "")
 
     def close(self, codes: tuple[int, ...], again: str = "") -> None:
         """again: typed until it ends. A Ctrl-D that comes before the prompt reads keys is the terminal's own, and gone."""
         end = time.monotonic() + 60
-        while self.pump(1):
+        while self.terminal.read(1):
             assert time.monotonic() < end, f"it does not end, {codes} was expected"
-            self.process.send(again)
-        self.process.wait()
-        self.process.close()
-        code = self.process.exitstatus if self.process.exitstatus is not None else -self.process.signalstatus
+            self.terminal.send(again)
+        code = self.terminal.closed()
         assert code in codes, f"it ended with {code}"
 
     def type(self) -> None:
         """One line, and what comes of it."""
         kind, typed = self.line()
         self.counts[kind] += 1
-        self.process.send(typed + "\r")
+        self.terminal.send(typed + "\r")
         if kind == "interrupt":
             end = time.monotonic() + 5
-            self.tail = b""
-            while b"\x1b[?2004l" not in self.tail and time.monotonic() < end:  # the line was taken
-                self.pump(0.01)
+            self.terminal.tail = b""
+            while b"\x1b[?2004l" not in self.terminal.tail and time.monotonic() < end:  # the line was taken
+                self.terminal.read(0.01)
             end = time.monotonic() + self.draw.choice((0.01, 0.05, 0.2, 1.0)) * self.draw.random()
             while time.monotonic() < end:
-                self.pump(0.01)
-            self.process.send("\x03")
+                self.terminal.read(0.01)
+            self.terminal.send("\x03")
         if not self.wait_prompt():
             self.counts["left by Ctrl-C"] += 1
             self.close((0, 130))
@@ -257,7 +240,7 @@ class Typist:
             if self.draw.random() < restart:
                 self.leave()
                 self.begin()
-        self.process.send("/exit\r")
+        self.terminal.send("/exit\r")
         self.close((0,))
         longest = max(self.sizes, key=len)
         warm = longest[min(WARM, len(longest) - 1) :]
@@ -294,8 +277,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvrun-soak-") as folder:
         model = options.model
         if model == "tiny":
-            sys.path.insert(0, str(TESTS / "engine"))
-            from tiny_model import random_model
+            from engine.tiny_model import random_model
 
             model = str(random_model(Path(folder) / "model", options.seed % 1000, window=200 if options.seed % 2 else 0))
         longest = 600 if options.model == "tiny" else 200
@@ -306,10 +288,10 @@ def main() -> int:
         except (AssertionError, KeyboardInterrupt) as error:
             wrong = str(error) or type(error).__name__
         print(json.dumps({"seed": options.seed, "wrong": wrong, **typist.result()}, indent=1))
-        if wrong:
-            sys.stderr.write(typist.tail.decode("utf-8", "replace"))
-        if typist.process is not None and typist.process.isalive():
-            typist.process.close(force=True)
+        if wrong and typist.terminal is not None:
+            sys.stderr.write(typist.terminal.tail.decode("utf-8", "replace"))
+        if typist.terminal is not None and typist.terminal.process.isalive():
+            typist.terminal.process.close(force=True)
         return 1 if wrong else 0
 
 

@@ -26,9 +26,9 @@ def hub_target(hub: Hub) -> Target:
     return pulls(hub, "org/killed", {n: hashlib.sha256(tree[n]).hexdigest() for n in wanted})
 
 
-@pytest.mark.parametrize("name", LOCAL)
-def test_row_24_killed_at_any_moment_it_is_the_old_or_the_new(name, rng, tmp_path):
-    happened = kill(LOCAL[name], tmp_path, 12, rng)
+@pytest.mark.parametrize(("name", "kills"), [("session", 60), ("prompt", 12), ("weights", 12)])
+def test_row_24_killed_at_any_moment_it_is_the_old_or_the_new(name, kills, rng, tmp_path):
+    happened = kill(LOCAL[name], tmp_path, kills, rng)
     assert happened["left"] > 0, happened
 
 

@@ -1,12 +1,31 @@
-"""Writing small weight files."""
+"""Writing small weight files, and reading damaged ones."""
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+
+from kvrun.errors import ModelError
+
+
+@contextmanager
+def read_or_refused(most: int) -> Iterator[None]:
+    """What is read inside is read, or refused in one line; Python allocates less than `most` bytes at a time for it."""
+    tracemalloc.start()
+    try:
+        yield
+    except ModelError as error:
+        assert "\n" not in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < most
 
 
 @pytest.fixture
