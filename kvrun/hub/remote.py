@@ -212,10 +212,11 @@ def _mapped(e: Exception, repo: str, revision: str, url: str) -> KvrunError | No
         return StorageError(f"{hub_cache()}: no space left on the disk for {repo}")
     if isinstance(e, (OSError, errors.EntryNotFoundError)) or type(e).__module__.partition(".")[0].startswith(
             ("httpx", "httpcore", "requests", "urllib3")):
-        endpoint, kind = os.path.dirname(os.path.dirname(url)), type(_causes(e)[-1]).__name__
+        first = _causes(e)[-1]
+        endpoint, why = os.path.dirname(os.path.dirname(url)), getattr(first, "strerror", None) or type(first).__name__
         if any("Connect" in type(cause).__name__ or isinstance(cause, (ConnectionError, gaierror)) for cause in _causes(e)):
-            return NotFoundError(f"{repo}: the Hub cannot be reached at {endpoint} ({kind}); --offline uses only what is on this machine")
-        return NotFoundError(f"{repo}: the download from {endpoint} broke off ({kind}); try again, what has arrived is kept")
+            return NotFoundError(f"{repo}: the Hub cannot be reached at {endpoint} ({why}); --offline uses only what is on this machine")
+        return NotFoundError(f"{repo}: the download from {endpoint} broke off ({why}); try again, what has arrived is kept")
     return None
 
 
