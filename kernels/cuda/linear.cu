@@ -8,20 +8,12 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) linear(kv_op_linear 
     __shared__ float part[kMaxWarps][ROWS][16];
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     Stream<Tile, ROWS> stream(op.w, blockIdx.x, threadIdx.x % 32, warp, warps);
-    stream.ask();
-    begin_kernel();
-    const int rows = rows_of(op.rows, state), row0 = blockIdx.y * ROWS;
-    if (row0 >= rows) return;
-    PlainRow x[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) x[r].x = op.x + (int64_t)(row0 + r < rows ? row0 + r : row0) * op.w.k;
-    stream.products(x, part[warp]);
-    __syncthreads();
+    int row0, rows;
+    if (!products_of<ROWS>(stream, op, state, PlainRows{op.x}, part, row0, rows)) return;
     for (int i = threadIdx.x; i < 16 * ROWS; i += blockDim.x) {
         const int r = i / 16, column = blockIdx.x * KV_LANES + i % 16;
         if (row0 + r >= rows || column >= op.w.n) continue;
-        float y = 0;
-        for (int from = 0; from < warps; from++) y += part[from][r][i % 16];
+        float y = sum_of<ROWS>(part, 0, warps, r, i % 16);
         if (op.bias) y += op.bias[column];
         float *out = op.out + (int64_t)(row0 + r) * op.w.n + column;
         float scale = op.scale;
@@ -34,10 +26,8 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) linear(kv_op_linear 
 }
 
 template <class Tile> static cudaError_t launch_as(const kv_op_linear &op, const Launch &l) {
-    const int blocks = (op.w.n + KV_LANES - 1) / KV_LANES, rows = l.rows(op.rows), tiles = (op.w.k + Tile::kColumns - 1) / Tile::kColumns;
-    const int threads = 32 * warps_of(blocks, tiles);
-    if (rows <= 1) return launch(linear<Tile, 1>, dim3(blocks, rows), threads, l.stream, op, (const kv_state *)l.state);
-    return launch(linear<Tile, kManyRows>, dim3(blocks, (rows + kManyRows - 1) / kManyRows), threads, l.stream, op, (const kv_state *)l.state);
+    const int blocks = (op.w.n + KV_LANES - 1) / KV_LANES, threads = 32 * warps_of(blocks, tiles_of<Tile>(op.w));
+    return launch_rows(linear<Tile, 1>, linear<Tile, kManyRows>, blocks, l.rows(op.rows), threads, l, op, (const kv_state *)l.state);
 }
 
 cudaError_t launch_linear(const kv_op_linear &op, const Launch &l) { KV_OF_FORMAT(op.w.dtype, launch_as, op, l); }

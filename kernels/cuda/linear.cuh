@@ -11,6 +11,8 @@ namespace kv {
 constexpr int kMaxWarps = 16;
 constexpr int kManyRows = 4;                     // rows of a block where there are several
 
+template <class Tile> static __host__ __device__ __forceinline__ int tiles_of(const kv_weight &w) { return (w.k + Tile::kColumns - 1) / Tile::kColumns; }
+
 // Wide matrices have blocks enough to fill the machine; of narrow ones each block brings more warps.
 inline int warps_of(int blocks, int tiles, int most = kMaxWarps) {
     int warps = blocks >= 1024 ? 4 : blocks >= 256 ? 8 : kMaxWarps;
@@ -28,7 +30,7 @@ template <class Tile, int ROWS> struct Stream {
 
     __device__ __forceinline__ Stream(const kv_weight &matrix, int block, int lane_, int warp_, int warps_)
         : w((const uint8_t *)matrix.data + block * weight_block_bytes(matrix.dtype, matrix.k)), k(matrix.k), lane(lane_), warp(warp_), warps(warps_),
-          tiles((matrix.k + Tile::kColumns - 1) / Tile::kColumns) {}
+          tiles(tiles_of<Tile>(matrix)) {}
 
     __device__ __forceinline__ typename Tile::Data load(int tile) const { return Tile::load(w + (int64_t)tile * Tile::kBytes, lane, k - tile * Tile::kColumns); }
 
@@ -89,6 +91,51 @@ static __device__ __forceinline__ void norm_rows(const kv_op_norm &op, int row0,
             const int64_t at = (int64_t)(row0 + r) * op.dim + i;
             op.out[at] = op.x[at] * inverse[r] * (op.w[i] + op.w_offset);
         }
+}
+
+// What a product is taken of: rows as they are, or normed, all but the factors inverse[ROWS], in shared memory.
+struct PlainRows {
+    const float *x;
+    template <int ROWS> __device__ __forceinline__ void prepare(int, int) const {}
+    __device__ __forceinline__ PlainRow row(int row, int k) const { return {x + (int64_t)row * k}; }
+};
+struct NormedRows {
+    const kv_op_norm &norm;
+    float *inverse;
+    template <int ROWS> __device__ __forceinline__ void prepare(int row0, int rows) const { norm_rows<ROWS>(norm, row0, rows, inverse); }
+    __device__ __forceinline__ NormedRow row(int row, int k) const { return {norm.x + (int64_t)row * k, norm.w, norm.w_offset}; }
+};
+
+// How a linear kernel begins: the products of its rows, [ROWS][16] for each warp, for all threads of the block. False where the block has
+// no rows; else they are [row0, row0 + ROWS) below `rows`.
+template <int ROWS, class Stream, class Rows>
+static __device__ __forceinline__ bool products_of(Stream &stream, const kv_op_linear &op, const kv_state *state, const Rows &of, float (*part)[ROWS][16],
+                                                   int &row0, int &rows) {
+    stream.ask();
+    begin_kernel();
+    rows = rows_of(op.rows, state);
+    row0 = blockIdx.y * ROWS;
+    if (row0 >= rows) return false;
+    of.template prepare<ROWS>(row0, rows);
+    decltype(of.row(0, 0)) x[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) x[r] = of.row(row0 + r < rows ? row0 + r : row0, op.w.k);
+    stream.products(x, part[threadIdx.x / 32]);
+    __syncthreads();
+    return true;
+}
+// Column i of row r of what warps [from, to) have.
+template <int ROWS> static __device__ __forceinline__ float sum_of(const float (*part)[ROWS][16], int from, int to, int r, int i) {
+    float y = 0;
+    for (; from < to; from++) y += part[from][r][i];
+    return y;
+}
+
+// Launches the kernel for one row, or that for several.
+template <class Kernel, class... Args>
+cudaError_t launch_rows(Kernel one, Kernel many, int blocks, int rows, int threads, const Launch &l, Args... args) {
+    return rows <= 1 ? launch(one, dim3(blocks, rows), threads, l.stream, args...)
+                     : launch(many, dim3(blocks, (rows + kManyRows - 1) / kManyRows), threads, l.stream, args...);
 }
 
 // Calls launch_as<Tile> of the matrix' format.

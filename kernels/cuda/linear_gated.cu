@@ -10,25 +10,15 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) gated(kv_op_norm nor
     __shared__ float part[kMaxWarps][ROWS][16], inverse[ROWS];
     const int warp = threadIdx.x / 32, half = blockDim.x / 64, is_up = warp / half;
     Stream<Tile, ROWS> stream(op.w, blockIdx.x + is_up * (act.dim / KV_LANES), threadIdx.x % 32, warp % half, half);
-    stream.ask();
-    begin_kernel();
-    const int rows = rows_of(op.rows, state), row0 = blockIdx.y * ROWS;
-    if (row0 >= rows) return;
-    norm_rows<ROWS>(norm, row0, rows, inverse);
-    NormedRow x[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) x[r] = {norm.x + (int64_t)(row0 + r < rows ? row0 + r : row0) * op.w.k, norm.w, norm.w_offset};
-    stream.products(x, part[warp]);
-    __syncthreads();
+    int row0, rows;
+    if (!products_of<ROWS>(stream, op, state, NormedRows{norm, inverse}, part, row0, rows)) return;
     for (int i = threadIdx.x; i < 16 * ROWS; i += blockDim.x) {
         const int r = i / 16, column = blockIdx.x * KV_LANES + i % 16;
         if (row0 + r >= rows) continue;
         float both[2];
 #pragma unroll
         for (int up = 0; up < 2; up++) {
-            float y = 0;
-            for (int from = 0; from < half; from++) y += part[up * half + from][r][i % 16];
-            y *= inverse[r];
+            float y = sum_of<ROWS>(part, up * half, (up + 1) * half, r, i % 16) * inverse[r];
             if (op.bias) y += op.bias[up * act.dim + column];
             both[up] = op.scale * y;
             op.out[(int64_t)(row0 + r) * op.w.n + up * act.dim + column] = both[up];
@@ -38,11 +28,8 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) gated(kv_op_norm nor
 }
 
 template <class Tile> static cudaError_t launch_as(const kv_op_norm &norm, const kv_op_linear &op, const kv_op_act &act, const Launch &l) {
-    const int blocks = act.dim / KV_LANES, rows = l.rows(op.rows), tiles = (op.w.k + Tile::kColumns - 1) / Tile::kColumns;
-    const int threads = 64 * warps_of(2 * blocks, tiles, kMaxWarps / 2);
-    const kv_state *state = l.state;
-    if (rows <= 1) return launch(gated<Tile, 1>, dim3(blocks, rows), threads, l.stream, norm, op, act, state);
-    return launch(gated<Tile, kManyRows>, dim3(blocks, (rows + kManyRows - 1) / kManyRows), threads, l.stream, norm, op, act, state);
+    const int blocks = act.dim / KV_LANES, threads = 64 * warps_of(2 * blocks, tiles_of<Tile>(op.w), kMaxWarps / 2);
+    return launch_rows(gated<Tile, 1>, gated<Tile, kManyRows>, blocks, l.rows(op.rows), threads, l, norm, op, act, (const kv_state *)l.state);
 }
 
 cudaError_t launch_gated(const kv_op_norm &norm, const kv_op_linear &op, const kv_op_act &act, const Launch &l) {

@@ -11,22 +11,12 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) qkv(kv_op_norm norm,
     __shared__ float part[kMaxWarps][ROWS][16], inverse[ROWS], heads[ROWS][kMaxHeadDim];
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     Stream<Tile, ROWS> stream(op.w, blockIdx.x, threadIdx.x % 32, warp, warps);
-    stream.ask();
-    begin_kernel();
-    const int rows = rows_of(op.rows, state), row0 = blockIdx.y * ROWS;
-    if (row0 >= rows) return;
-    norm_rows<ROWS>(norm, row0, rows, inverse);
-    NormedRow x[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) x[r] = {norm.x + (int64_t)(row0 + r < rows ? row0 + r : row0) * op.w.k, norm.w, norm.w_offset};
-    stream.products(x, part[warp]);
-    __syncthreads();
+    int row0, rows;
+    if (!products_of<ROWS>(stream, op, state, NormedRows{norm, inverse}, part, row0, rows)) return;
     for (int i = threadIdx.x; i < 16 * ROWS; i += blockDim.x) {
         const int r = i / 16, column = blockIdx.x * KV_LANES + i % 16;
         if (row0 + r >= rows) continue;
-        float y = 0;
-        for (int from = 0; from < warps; from++) y += part[from][r][i % 16];
-        y *= inverse[r];
+        float y = sum_of<ROWS>(part, 0, warps, r, i % 16) * inverse[r];
         if (op.bias) y += op.bias[column];
         op.out[(int64_t)(row0 + r) * op.w.n + column] = op.scale * y;
     }
@@ -37,10 +27,8 @@ static __global__ void __launch_bounds__(32 * kMaxWarps, 1) qkv(kv_op_norm norm,
 }
 
 template <class Tile> static cudaError_t launch_as(const kv_op_norm &norm, const kv_op_linear &op, const kv_op_append &append, const Launch &l) {
-    const int blocks = op.w.n / KV_LANES, rows = l.rows(op.rows), tiles = (op.w.k + Tile::kColumns - 1) / Tile::kColumns;
-    const int threads = 32 * warps_of(blocks, tiles);
-    if (rows <= 1) return launch(qkv<Tile, 1>, dim3(blocks, rows), threads, l.stream, norm, op, append, l.state, l.counters);
-    return launch(qkv<Tile, kManyRows>, dim3(blocks, (rows + kManyRows - 1) / kManyRows), threads, l.stream, norm, op, append, l.state, l.counters);
+    const int blocks = op.w.n / KV_LANES, threads = 32 * warps_of(blocks, tiles_of<Tile>(op.w));
+    return launch_rows(qkv<Tile, 1>, qkv<Tile, kManyRows>, blocks, l.rows(op.rows), threads, l, norm, op, append, l.state, l.counters);
 }
 
 int64_t qkv_counters(const kv_op_append &op, const kv_cuda_bounds &bounds) { return (int64_t)bounds.max_rows * (op.heads + 2 * op.kv_heads); }
