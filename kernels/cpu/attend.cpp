@@ -70,6 +70,7 @@ static void load_block(Block &block, const kv_op_attend &op, const kv_state &sta
     block.softcap = op.softcap;
     block.pos = state.pos + run.begin;
     block.split = false;
+    block.asked = nullptr;
     const f32x16 scale = splat(op.softcap > 0 ? op.scale / op.softcap : op.scale);
     const int64_t columns = (int64_t)(op.heads + 2 * op.kv_heads) * op.head_dim;
     for (int r = 0; r < block.rows; r++) {
@@ -129,7 +130,7 @@ static void attend_prefill(const kv_op_attend &op, const kv_state &state, kv::Wo
                 const int end = in_parts ? part_end(run, page) : run.last;
                 block.start();
                 pages(block, op.cache, *run.table, page, end, kv_head,
-                      end < run.last ? k_of(op.cache, run.table->page[end], kv_head, d) : nullptr);
+                      end < run.last ? next_of(op.cache, run.table->page[end], kv_head, d) : Next());
                 for (int i = 0; i < queries; i++)
                     merge(block.total + (int64_t)i * d, block.total_m[i], block.total_l[i], block.o + (int64_t)i * d,
                           block.m[i], block.l[i], d);
@@ -165,16 +166,16 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
         }
         return p;
     };
-    auto k_at = [&](const Place &p) { return k_of(op.cache, runs[p.run].table->page[p.page], p.kv_head, d); };
+    auto at = [&](const Place &p) { return next_of(op.cache, runs[p.run].table->page[p.page], p.kv_head, d); };
     Block block;
     block_in(block, mine, queries_of_block(op), d, op.cache);
     int run_of_block = -1, kv_head_of_block = -1;
-    auto reduce = [&](const Place &p, const char *next_k) {
+    auto reduce = [&](const Place &p, Next after) {
         const Run &run = runs[p.run];
         if (p.run != run_of_block || p.kv_head != kv_head_of_block) load_block(block, op, state, run, p.kv_head);
         run_of_block = p.run, kv_head_of_block = p.kv_head;
         block.start();
-        pages(block, op.cache, *run.table, p.page, part_end(run, p.page), p.kv_head, next_k);
+        pages(block, op.cache, *run.table, p.page, part_end(run, p.page), p.kv_head, after);
         for (int i = 0; i < block.rows * group; i++) {
             const int64_t row = i / group, head = p.kv_head * group + i % group;
             float *to = slots + (run.slot + (row * op.heads + head) * run.parts + p.part) * slot;
@@ -200,10 +201,10 @@ static void attend_batch(const kv_op_attend &op, const kv_state &state, kv::Work
         here = advance(here, item);
         while (worker.take(parts * op.kv_heads, 1, item, end)) {
             const Place next = advance(here, item);
-            reduce(here, k_at(next));
+            reduce(here, at(next));
             here = next;
         }
-        reduce(here, nullptr);
+        reduce(here, Next());
     }
 #if KV_TILES
     if (low_tiles) configure_tiles(16, 16, depth);

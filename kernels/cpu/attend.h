@@ -34,6 +34,7 @@ struct Block {
     int own;                               // base of the page that a KV_Q4 cache holds exact for these rows, else -1
     float softcap;
     bool split;                            // q8 holds q; for KV_Q8 of K on int8 tiles only
+    const char *asked;                     // the V that was asked for already; for int8 tiles only
     const int32_t *pos;                    // [rows], ascending
     float *q;                              // [queries][head_dim], times scale (over softcap); rotated for KV_Q8
     float *s;                              // [queries of a pass][s_stride] scores, then probabilities
@@ -164,8 +165,14 @@ static inline f32x16 slots_inside(int b, int low, int high, f32x16 x, f32x16 oth
     return select_less(t, splat((float)low), other, select_less(t, splat((float)high), x, other));
 }
 
-// Adds pages [page, end) of the table to the block's part. next_k: what will be read after them, or null.
-using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, const char *next_k);
+// Where K and V lie that will be read next; null where nothing will.
+struct Next { const char *k, *v; };
+static inline Next next_of(const kv_cache &cache, int page, int kv_head, int head_dim) {
+    return {k_of(cache, page, kv_head, head_dim), v_of(cache, page, kv_head, head_dim)};
+}
+
+// Adds pages [page, end) of the table to the block's part. next: what is to be asked for meanwhile.
+using Pages = void (*)(Block &, const kv_cache &, const kv_table &, int page, int end, int kv_head, Next next);
 
 // Sums of V are of rotated V then, and rotated back at the end.
 static inline bool v_is_rotated(const kv_cache &cache) { return is_quantized(cache.v_dtype); }

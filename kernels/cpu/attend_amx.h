@@ -135,7 +135,7 @@ static void zero_terms(const Block &block, int64_t from, int64_t to) {
 
 template <bool F16>
 static void attend_pages_tiles(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
-                               const char *) {
+                               Next) {
     const int d = block.head_dim, group = block.group;
     const int64_t term = F16 ? block.page_term * 2 : 0;
     split_queries(block);

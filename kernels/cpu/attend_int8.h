@@ -7,7 +7,7 @@
 
 namespace KV_NS {
 
-static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head, const char *next_k) {
+static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head, Next next) {
     const int d = block.head_dim, group = block.group;
     const bool rotated = v_is_rotated(cache);
     const Side side = has_side(cache) ? side_of(cache, table, kv_head, block.kv_heads, d) : Side();
@@ -23,31 +23,35 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
         const Seen seen = seen_of(block, table.base[page]);
         if (seen.from == seen.to) continue;
         const Pieces k = pieces_of_k(block, cache, table, side, page, kv_head), v = pieces_of_v(block, cache, table, side, page, kv_head);
-        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next_k;
+        auto most_of = [](const Pieces &pieces) { return pieces.piece[pieces.n - 1].data; };
+        Next then = next;
+        if (page + 1 < end)
+            then = {most_of(pieces_of_k(block, cache, table, side, page + 1, kv_head)), most_of(pieces_of_v(block, cache, table, side, page + 1, kv_head))};
+        Ahead ahead(block.asked == most_of(v) ? nullptr : most_of(v), then, k_bytes, v_bytes, d);
+        if (Ahead::whole_page(k_bytes, v_bytes)) block.asked = then.v;
         const int first = seen.from * group, last = seen.to * group, first_block = seen.low / 16, last_block = (seen.high + 15) / 16;
         for (int j = 0; j < k.n; j++) {
             const Piece &piece = k.piece[j];
             const int from = piece.first > first_block ? piece.first : first_block, to = piece.last < last_block ? piece.last : last_block;
             if (from >= to) continue;
-            const Next next{v.piece[v.n - 1].data, v_bytes};
             if (piece.dtype == KV_Q8) {
                 const CodesOfK codes{piece.data, (int64_t)d * 16, chunks_of_k(KV_Q8, d), parts_of_k(KV_Q8, d),
                                      (const uint16_t *)(piece.data + KV_PAGE * d), d / kv_q8_group(d)};
-                scores_q8(block, codes, from, to, first, last, next);
+                scores_q8(block, codes, from, to, first, last, ahead);
             } else if (piece.dtype == KV_Q4) {
                 pairs.read(piece.data, d);
-                cut_k_q4(piece.data, pairs, d, from, to, block.k_codes);
-                split_queries_q4(block, pairs, first, last);
-                scores_q4(block, piece.data, block.k_codes, from, to, first, last, next);
+                cut_k_q4(piece.data, pairs, d, from, to, block.k_codes, ahead);
+                split_queries_q4(block, pairs, first, last, ahead);
+                scores_q4(block, piece.data, block.k_codes, from, to, first, last, ahead);
             } else {
                 for (int i = first, n; i < last; i += n) {
                     n = pass_of(last - i);
-                    scores_exact(piece, n, from, to, d, block.q + (int64_t)i * d, block.s + i * block.s_stride, block.s_stride, next.data);
+                    scores_exact(piece, n, from, to, d, block.q + (int64_t)i * d, block.s + i * block.s_stride, block.s_stride, nullptr);
                 }
             }
         }
         for (int j = 0; j < v.n; j++)
-            if (v.piece[j].dtype == KV_Q4) cut_v_q4(v.piece[j].data, d, 16 * v.piece[j].first, 16 * v.piece[j].last, block.v_codes);
+            if (v.piece[j].dtype == KV_Q4) cut_v_q4(v.piece[j].data, d, 16 * v.piece[j].first, 16 * v.piece[j].last, block.v_codes, ahead);
         const bool whole = block.softcap <= 0 && seen.low_of(block, seen.to - 1) == 0 && seen.high_of(block, seen.from) == KV_PAGE;
         if (whole)
             for (int i = first; i < last; i++) block.keep[i] = top_of_whole_page(block.s + i * block.s_stride, block.m[i]);
@@ -66,19 +70,19 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             store(l16, fma(load(l16), splat(keep), sums));
             for (int64_t j = i; j < zeros; j += n) store(block.zero16 + 16 * j, load(block.zero16 + 16 * j) * splat(keep));
             block.keep[i] = keep;
+            ahead.lines(ahead.between);
         }
-        const Next next{ahead, k_bytes};
         for (int j = 0; j < v.n; j++) {
             const Piece &piece = v.piece[j];
             const int from = 16 * piece.first > seen.low ? 16 * piece.first : seen.low, to = 16 * piece.last < seen.high ? 16 * piece.last : seen.high;
             if (from >= to) continue;
             if (piece.dtype == KV_Q8) {
                 sums_int8<false>(block, seen, piece.data, (const uint16_t *)(piece.data + KV_PAGE * d), nullptr, kv_q8_group(d), from, to, first,
-                                 last, next);
+                                 last, ahead);
             } else if (piece.dtype == KV_Q4) {
                 const uint16_t *scale = (const uint16_t *)(piece.data + KV_PAGE * d / 2);
                 const int width = kv_q4_group(d);
-                sums_int8<true>(block, seen, block.v_codes, scale, scale + d / width * KV_PAGE, width, from, to, first, last, next);
+                sums_int8<true>(block, seen, block.v_codes, scale, scale + d / width * KV_PAGE, width, from, to, first, last, ahead);
             } else {
                 for (int i = first, n; i < last; i += n) {
                     n = pass_of(last - i);
@@ -86,7 +90,7 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
                     const int begin = low > from ? low : from, stop = high < to ? high : to;
                     if (begin < stop)
                         sums_exact(piece, rotated, n, begin, stop, d, block.s + i * block.s_stride, block.s_stride, block.o + (int64_t)i * d,
-                                block.keep + i, ahead);
+                                block.keep + i, nullptr);
                     else                       // no slot of these rows, but what they had may shrink
                         for (int c = 0; c < n * d; c += 16)
                             store(block.o + (int64_t)i * d + c, load(block.o + (int64_t)i * d + c) * splat(block.keep[i + c / d]));
@@ -94,6 +98,7 @@ static void attend_pages_int8(Block &block, const kv_cache &cache, const kv_tabl
             }
             for (int i = first; i < last; i++) block.keep[i] = 1;
         }
+        ahead.rest();
     }
     for (int i = 0; i < n; i++) {
         block.l[i] = sum(load(block.l16 + 16 * i));

@@ -185,7 +185,7 @@ static void odd_channels(const typename F::T *v, int dim, int from_channel, int 
 
 template <class K, class V>
 static void attend_pages(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
-                         const char *next_k) {
+                         Next next) {
     const int d = block.head_dim, group = block.group, blocks_v = d / 16;
     for (; page < end; page++) {
         const Seen seen = seen_of(block, table.base[page]);
@@ -193,7 +193,7 @@ static void attend_pages(Block &block, const kv_cache &cache, const kv_table &ta
         const int from = seen.from, to = seen.to;
         const auto *k = (const typename K::T *)k_of(cache, table.page[page], kv_head, d);
         const auto *v = (const typename V::T *)v_of(cache, table.page[page], kv_head, d);
-        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next_k;
+        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next.k;
         for (int i = from * group, n; i < to * group; i += n) {
             n = pass_of(to * group - i);
             const int low = seen.low_of(block, i / group), high = seen.high_of(block, (i + n - 1) / group);

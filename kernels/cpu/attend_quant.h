@@ -53,7 +53,7 @@ static void sums_of(const Piece &piece, const ScalesOfV &scales, bool rotated, i
 }
 
 static void attend_pages_quant(Block &block, const kv_cache &cache, const kv_table &table, int page, int end, int kv_head,
-                               const char *next_k) {
+                               Next next) {
     const int d = block.head_dim, group = block.group;
     const bool rotated = v_is_rotated(cache);
     static const float ones[TILE] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
@@ -64,7 +64,7 @@ static void attend_pages_quant(Block &block, const kv_cache &cache, const kv_tab
         const Seen seen = seen_of(block, table.base[page]);
         if (seen.from == seen.to) continue;
         const Pieces k = pieces_of_k(block, cache, table, side, page, kv_head), v = pieces_of_v(block, cache, table, side, page, kv_head);
-        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next_k;
+        const char *ahead = page + 1 < end ? k_of(cache, table.page[page + 1], kv_head, d) : next.k;
         if (k.piece[k.n - 1].dtype == KV_Q4) paired.read(k.piece[k.n - 1].data, d);
         if (v.piece[v.n - 1].dtype == KV_Q8) scales.read_q8(v.piece[v.n - 1].data, d);
         if (v.piece[v.n - 1].dtype == KV_Q4) scales.read_q4(v.piece[v.n - 1].data, d);

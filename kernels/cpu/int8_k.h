@@ -99,7 +99,7 @@ static inline void spread_query(const float *q, const PairsOfK &page, int d, int
 }
 
 // The same, as bytes, for the queries [first, last), and k_zero.
-static void split_queries_q4(Block &block, const PairsOfK &page, int first, int last) {
+static void split_queries_q4(Block &block, const PairsOfK &page, int first, int last, Ahead &ahead) {
     const int d = block.head_dim, chunks = chunks_of_k(KV_Q4, d), depth = depth_of_k(KV_Q4, d);
     alignas(64) float x[4][2 * KV_MAX_QUANT_DIM];          // [query][chunks][64], of which depth are used
     if (depth != 32 && depth != CHUNK) memset(x, 0, sizeof x);
@@ -109,6 +109,7 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
         __m512i tops[4];
         for (int k = 0; k < 4; k++) zeros[k] = splat(0), tops[k] = _mm512_setzero_si512();
         for (int k = 0; k < n; k++) {
+            ahead.lines(ahead.between);
             spread_query(block.q + (int64_t)(i + k) * d, page, d, chunks, depth, x[k], zeros[k]);
             for (int ch = 0; ch < chunks; ch++) tops[k] = magnitudes(x[k] + ch * CHUNK, depth, tops[k]);
         }
@@ -126,10 +127,11 @@ static void split_queries_q4(Block &block, const PairsOfK &page, int first, int 
 }
 
 // The codes in the lower bits of the bytes of blocks [from, to).
-static void cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, int to, char *out) {
+static void cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, int to, char *out, Ahead &ahead) {
     const int quads = d / 8;
     const __m512i powers = _mm512_set4_epi32(0, 0, 0x80402010, 0x08040201), ones = _mm512_set1_epi8(1);
     for (int j = 0; j < quads; j++) {
+        if (j % 2) ahead.lines(ahead.between);
         int32_t four;
         memcpy(&four, pairs.bits + 4 * j, 4);
         const __m512i lower = _mm512_sub_epi8(_mm512_shuffle_epi8(powers, _mm512_set1_epi32(four)), ones);   // 2^bits - 1
@@ -143,15 +145,14 @@ static void cut_k_q4(const char *page, const PairsOfK &pairs, int d, int from, i
 // What both formats do with the blocks [from, to) in turn: products(b, c) stores the tiles of block b at c, scores(b, c) reads them.
 // Tiles of several blocks are stored before the first is read again: a vector cannot be loaded from a tile that is still being stored.
 template <class Products, class Scores>
-static inline void by_blocks(const Block &block, int tiles, int from, int to, const Next &next, Products products, Scores scores) {
+static inline void by_blocks(const Block &block, int tiles, int from, int to, Ahead &ahead, Products products, Scores scores) {
     const int batch = tiles < TILES_AT_ONCE ? TILES_AT_ONCE / tiles : 1;
-    const int64_t step = next.bytes / (to - from);
     for (int begin = from; begin < to; begin += batch) {
         const int end = begin + batch < to ? begin + batch : to;
         asm volatile("" ::: "memory");         // tile loads do not tell the compiler that they read memory
         int32_t *c = block.c32;
         for (int b = begin; b < end; b++, c += tiles * 256) {
-            next.fetch((b - from) * step, (b - from + 1) * step);
+            ahead.lines(ahead.of_block);
             products(b, c);
         }
         asm volatile("" ::: "memory");
@@ -162,7 +163,7 @@ static inline void by_blocks(const Block &block, int tiles, int from, int to, co
 
 // s[i][16*b ..] = k_zero plus all products of the bytes at `whole` and the codes at `lower`, both [8][D/8][64], for the queries
 // [first, last) and the blocks [from, to).
-static void scores_q4(const Block &block, const char *whole, const char *lower, int from, int to, int first, int last, const Next &next) {
+static void scores_q4(const Block &block, const char *whole, const char *lower, int from, int to, int first, int last, Ahead &ahead) {
     const int d = block.head_dim, m = first / 8, tiles = (last + 7) / 8 - m, half = chunks_of_k(KV_Q4, d) / 2;
     const int64_t of_block = d * 8, of_chunk = of_block / half, s_stride = block.s_stride;
     const int8_t *const a = row_of(block, 0, 8 * m), *const a_lower = row_of(block, half, 8 * m);
@@ -204,12 +205,12 @@ static void scores_q4(const Block &block, const char *whole, const char *lower, 
         float *s = block.s + first * s_stride + 16 * b;
         for (int i = first; i < last; i++, row += 32, s += s_stride) store(s, fma(join(row), splat(block.q8_factor[i]), splat(block.k_zero[i])));
     };
-    by_blocks(block, tiles, from, to, next, products, scores);
+    by_blocks(block, tiles, from, to, ahead, products, scores);
 }
 
 // The same for KV_Q8: products with each chunk and part apart, which have scales of their own.
 template <int PARTS>
-static void scores_q8(const Block &block, const CodesOfK &k, int from, int to, int first, int last, const Next &next) {
+static void scores_q8(const Block &block, const CodesOfK &k, int from, int to, int first, int last, Ahead &ahead) {
     const int of_tile = 8 / PARTS, m = first / of_tile, tiles = (last + of_tile - 1) / of_tile - m, chunks = k.chunks, units = k.units;
     const int64_t a_step = block.q8_rows * CHUNK, s_stride = block.s_stride;
     const int8_t *const a = block.q8 + m * 1024;
@@ -253,11 +254,11 @@ static void scores_q8(const Block &block, const CodesOfK &k, int from, int to, i
             }
         }
     };
-    by_blocks(block, tiles * chunks, from, to, next, products, scores);
+    by_blocks(block, tiles * chunks, from, to, ahead, products, scores);
 }
-static void scores_q8(const Block &block, const CodesOfK &k, int from, int to, int first, int last, const Next &next) {
-    if (k.parts == 2) scores_q8<2>(block, k, from, to, first, last, next);
-    else scores_q8<4>(block, k, from, to, first, last, next);
+static void scores_q8(const Block &block, const CodesOfK &k, int from, int to, int first, int last, Ahead &ahead) {
+    if (k.parts == 2) scores_q8<2>(block, k, from, to, first, last, ahead);
+    else scores_q8<4>(block, k, from, to, first, last, ahead);
 }
 
 }  // namespace KV_NS

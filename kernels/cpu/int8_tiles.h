@@ -58,18 +58,43 @@ static inline f32x16 join(const int32_t *c) {
     return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(c), 8), _mm512_loadu_si512(c + 16)))};
 }
 
-// What is read after this; asked for piece by piece meanwhile, into the first-level cache when little enough to stay there.
-struct Next {
-    const char *data = nullptr;
-    int64_t bytes = 0;
+// What is read after this, asked for a few lines at a time: a core can have only so many lines on the way, and the memory should never
+// be idle. Where K and V of a page are little, those of the next are asked for all through the work on this one; else V of the same
+// page while there are scores to compute, and K of the next during the sums, so that the first-level cache holds what is in use.
+struct Ahead {
+    struct Stretch { const char *at; int64_t lines; } stretch[3];
+    int64_t of_block, of_column, between;  // lines to ask for at each block of scores, at each 16 columns of sums, and at other places
+    bool near;                             // into the first-level cache
+    int i = 0;
 
-    void fetch(int64_t from, int64_t to) const {
-        if (!data) return;
-        if (bytes <= 9216)
-            for (int64_t i = from; i < to; i += 64) __builtin_prefetch(data + i, 0, 3);
-        else
-            for (int64_t i = from; i < to; i += 64) __builtin_prefetch(data + i, 0, 2);
+    static bool whole_page(int64_t k_bytes, int64_t v_bytes) { return k_bytes + v_bytes <= 12288; }
+    // `mine`: V of this page, null where it was asked for before.
+    Ahead(const char *mine, Next next, int64_t k_bytes, int64_t v_bytes, int head_dim) {
+        const bool whole = whole_page(k_bytes, v_bytes);
+        const int64_t k = (k_bytes + 63) / 64, v = (v_bytes + 63) / 64;
+        stretch[0] = {mine, mine ? v : 0};
+        stretch[1] = {next.k, next.k ? k : 0};
+        stretch[2] = {next.v, next.v && whole ? v : 0};
+        near = k_bytes <= 9216;
+        between = whole ? (k + v) / 40 + 1 : 0;
+        of_block = whole ? (k + v) / 32 + 1 : v / 8 + 1;
+        of_column = whole ? of_block : k * 16 / head_dim + 1;
     }
+    void lines(int64_t n) {
+        for (; i < 3 && n > 0; i++) {
+            Stretch &s = stretch[i];
+            const int64_t here = n < s.lines ? n : s.lines;
+            const char *const end = s.at + 64 * here;
+            if (near)
+                for (const char *p = s.at; p < end; p += 64) __builtin_prefetch(p, 0, 3);
+            else
+                for (const char *p = s.at; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+            s = {end, s.lines - here};
+            n -= here;
+            if (s.lines > 0) return;
+        }
+    }
+    void rest() { lines(INT64_MAX); }
 };
 
 }  // namespace KV_NS

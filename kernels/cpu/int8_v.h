@@ -5,9 +5,9 @@
 namespace KV_NS {
 
 // KV_Q4 of V: the nibbles of the slots [from, to), whole eights, as bytes [D/16][128/4][16][4].
-static void cut_v_q4(const char *page, int d, int from, int to, char *out) {
+static void cut_v_q4(const char *page, int d, int from, int to, char *out, Ahead &ahead) {
     const __m512i mask = _mm512_set1_epi8(15);
-    for (int c = 0; c < d / 16; c++)
+    for (int c = 0; c < d / 16; c++, ahead.lines(ahead.between))
         for (int o = from / 8; o < (to + 7) / 8; o++) {
             const __m512i x = _mm512_loadu_si512(page + (c * (KV_PAGE / 8) + o) * 64);
             char *at = out + (c * (KV_PAGE / 4) + 2 * o) * 64;
@@ -53,9 +53,9 @@ static inline void split_products(const float *p, const float *u, int8_t *high, 
 // queries [first, last). `width` channels share a scale. Probabilities are at most 1; those of slots that a row does not see are 0 or anything.
 template <bool Q4>
 static void sums_int8(const Block &block, const Seen &seen, const char *codes, const uint16_t *scale, const uint16_t *zero, int width, int from,
-                      int stop, int first, int last, const Next &next) {
+                      int stop, int first, int last, Ahead &ahead) {
     const int d = block.head_dim, m = first / 8, m_end = (last + 7) / 8, half = from / CHUNK, half_end = (stop + CHUNK - 1) / CHUNK;
-    const int64_t step = next.bytes * 16 / d, s_stride = block.s_stride;
+    const int64_t s_stride = block.s_stride;
     int8_t *const p8 = block.p8;
     float *const o_all = block.o, *const factors = block.p8_factor;
     const int64_t n = block.rows * block.group;
@@ -75,6 +75,7 @@ static void sums_int8(const Block &block, const Seen &seen, const char *codes, c
                     const int low = seen.low_of(block, row), high = seen.high_of(block, row);
                     slots.read<Q4>(scale, zero, low > from ? low : from, high < stop ? high : stop);
                 }
+                ahead.lines(ahead.between);
                 const float *p = block.s + i * s_stride;
                 int8_t *to = to8 + 2 * (i - 8 * m) * KV_PAGE;
                 float *const zero16 = block.zero16 + (g / width * n + i) * 16;
@@ -107,7 +108,7 @@ static void sums_int8(const Block &block, const Seen &seen, const char *codes, c
                 if (half_end - half == 2) _tile_loadd(1, a + half * CHUNK + CHUNK, KV_PAGE);
             }
             for (int c = g; c < g + width; c += 16) {
-                next.fetch(c / 16 * step, (c / 16 + 1) * step);
+                ahead.lines(ahead.of_column);
                 for (int t = 0; t < tiles; t++, c32 += 256) {
                     const char *b = codes + c * KV_PAGE;
                     _tile_zero(2);
