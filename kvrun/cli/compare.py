@@ -22,7 +22,7 @@ BASE = "f16"
 DEFAULT_WINDOW = 2048
 MIN_WINDOW = 64
 _ROUNDS, _STEPS = 7, 4
-_BACK = 32
+_BACK = 48
 """Tokens before the end of a window where steps are timed: not the last, for they would fill a page, which 1 step in 128 does."""
 
 

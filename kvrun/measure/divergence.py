@@ -116,7 +116,7 @@ class Comparison:
         return out
 
 
-SETTLE_STEPS, SETTLE_SECONDS = 20, 0.2
+SETTLE_STEPS, SETTLE_SECONDS = 40, 0.2
 """Decode steps before those that count, at most: after a change of caches, what a last-level cache keeps takes this long to settle."""
 
 
