@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -210,10 +211,14 @@ class SessionStore:
         """Opens a session, or makes a new one of that name. UsageError, StorageError."""
         return Session(self.root / check_name(name))
 
-    def new_name(self) -> str:
-        """A name that nobody has: the time."""
+    def new(self) -> Session:
+        """A new session, named by the time; also where another process begins one in the same moment. StorageError."""
         stamp = time.strftime("%Y-%m-%d-%H%M%S")
-        return next(name for i in range(1000) if not (self.root / (name := f"{stamp}-{i}" if i else stamp)).exists())
+        for i in itertools.count():
+            folder = self.root / (f"{stamp}-{i}" if i else stamp)
+            if not folder.exists():
+                with contextlib.suppress(UsageError):
+                    return Session(folder)
 
     def remove(self, name: str) -> None:
         """Removes a session. NotFoundError; UsageError while a process has it open."""

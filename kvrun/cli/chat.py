@@ -123,7 +123,7 @@ def _chat(options: ChatOptions) -> int:
         session = _open_session(options, store, console) if options.save else None
         if session is None:
             store = SessionStore(Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kvrun-"))))
-            session = store.open(store.new_name())
+            session = store.new()
         cleanup.callback(session.close)
         return _open_chat(options, console, store, session).loop()
 
@@ -133,11 +133,11 @@ def _open_session(options: ChatOptions, store: SessionStore, console: Console) -
     says why, where a new one cannot be made."""
     from kvrun.cache.session import DamagedSessionError
 
-    name = options.session or (store.last() if options.resume else store.new_name())
+    name = options.session or (store.last() if options.resume else None)
     if options.resume and options.session:
         store.info(options.session)
     try:
-        session = store.open(name)
+        session = store.open(name) if name else store.new()
     except StorageError as error:
         if options.resume or options.session:
             raise
@@ -146,7 +146,7 @@ def _open_session(options: ChatOptions, store: SessionStore, console: Console) -
     try:
         session.read()
     except DamagedSessionError as error:
-        console.notice(f"{error}; it was put aside as {session.quarantine()}, and {name} begins anew")
+        console.notice(f"{error}; it was put aside as {session.quarantine()}, and {session.name} begins anew")
     except BaseException:
         session.close()
         raise

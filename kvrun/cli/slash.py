@@ -45,7 +45,7 @@ def _clear(chat: Chat, argument: str) -> None:
     kept = f"; it stays in session {chat.session.name}" if chat.session.document else ""
     chat.conversation.clear()
     chat.attached = []
-    chat.switch(chat.store.open(chat.store.new_name()))
+    chat.switch(chat.store.new())
     chat.console.report("the conversation is forgotten" + kept + ("; the system prompt stays" if chat.conversation.system else ""))
 
 

@@ -44,8 +44,8 @@ def choose(templates: Mapping[str, str], tools, where: str) -> str:
         return templates["default"]
     if len(templates) == 1:
         return next(iter(templates.values()))
-    raise ModelError(f"{where}: the model has the chat templates {', '.join(sorted(templates))} and none named "
-                     "default; choose one with --template-file")
+    names = ", ".join(name[:40] for name in sorted(templates)[:10])
+    raise ModelError(f"{where}: the model has the chat templates {names} and none named default; choose one with --template-file")
 
 
 class ChatTemplate:

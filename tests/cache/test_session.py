@@ -1,6 +1,8 @@
 """Sessions on disk: one process at a time, what is damaged, and a limit. Those that are killed while they save are in tests/faults."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -31,6 +33,16 @@ def test_one_process_at_a_time(store):
         store.remove("one")
     session.close()
     store.open("one").close()
+
+
+def test_sessions_begun_in_the_same_moment(store):
+    with ThreadPoolExecutor(8) as pool:
+        together = Barrier(8)
+        for _ in range(20):
+            begun = list(pool.map(lambda _: (together.wait(), store.new())[1], range(8)))
+            assert len({session.name for session in begun}) == 8
+            for session in begun:
+                session.close()
 
 
 def test_what_was_never_saved_leaves_nothing(store):

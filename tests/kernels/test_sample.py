@@ -153,7 +153,7 @@ def test_all_masked_is_not_finite(machine):
 
 
 def test_the_same_seed_and_position_give_the_same_token(machine, rng):
-    logits = np.tile(floats(rng, 5000) * 3, (64, 1))
+    logits = np.tile(floats(rng, 5000), (64, 1))
     draws = [OFF | {"seed": 5, "top_p": 0.95}] * 64
     first = draw(machine, logits, draws)
     assert first == draw(machine, logits, draws) and len(set(first)) > 10
