@@ -1,6 +1,6 @@
 // attend_int8.h - attention over quantized pages on AMX int8 tiles, for prompt and decode rows alike. The codes of K and V are
-// the B operand as they lie (KV_Q4: after those of K got their lower bits beside them, and those of V were cut in two). Queries and probabilities, with the scales of channels
-// and tokens in them, become 16-bit integers of two bytes each, so a product is off by 2^-16 of its largest factor at most.
+// the B operand as they lie (KV_Q4: with the lower bits of K once more, apart, and V cut in two). Queries and probabilities, with the
+// scales of channels and tokens in them, become 16-bit integers of two bytes each, so a product is off by 2^-16 of its largest factor at most.
 #pragma once
 #include "int8_k.h"
 #include "int8_v.h"
