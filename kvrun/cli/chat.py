@@ -82,7 +82,7 @@ def chat(
     """Talk with MODEL.
 
     Each turn is saved as a session, with the cache, so that -c goes on where it ended without reading it again. Ctrl-C
-    stops an answer and keeps it; a second one at an empty prompt leaves, as do Ctrl-D and /exit. /help lists the
+    stops an answer and keeps it; at an empty prompt, twice, it leaves, as do Ctrl-D and /exit. /help lists the
     commands, among them /undo, /regen and /edit. Without a terminal, each line of standard input is a message. With
     --overflow evict a conversation may grow past the context: its oldest turns are dropped, with a line that says so.
 
@@ -109,6 +109,7 @@ def _default_model() -> str:
 
 def _chat(options: ChatOptions) -> int:
     from kvrun.cache.session import LIMIT, SessionStore
+    from kvrun.terminal import termination
     from kvrun.terminal.lines import typed_ahead
     from kvrun.text import prepare_chat
 
@@ -122,7 +123,9 @@ def _chat(options: ChatOptions) -> int:
         cleanup.enter_context(typed_ahead())
         session = _open_session(options, store, console) if options.save else None
         if session is None:
-            store = SessionStore(Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kvrun-"))))
+            folder = tempfile.TemporaryDirectory(prefix="kvrun-")
+            cleanup.enter_context(termination.cleaned_by(folder.cleanup))
+            store = SessionStore(Path(cleanup.enter_context(folder)))
             session = store.new()
         cleanup.callback(session.close)
         return _open_chat(options, console, store, session).loop()

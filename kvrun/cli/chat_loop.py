@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +52,6 @@ class Chat:
         self.leaving = False
         self._unsaved: str | None = None
         self._full = False
-        self._next_interrupt_leaves = False
         self.reader = self._open_reader()
 
     def start(self, system: str | None) -> None:
@@ -89,8 +88,12 @@ class Chat:
 
     def loop(self) -> int:
         """Runs until the user leaves. Returns the exit code."""
+        from kvrun.cli.interrupts import uninterrupted
+
         try:
-            lines = self._read_lines()
+            # On a terminal Ctrl-C is a key of the prompt and stops answers; between the two, one too many does nothing.
+            with uninterrupted() if self.on_terminal else nullcontext():
+                lines = self._read_lines()
         finally:
             self.session.close()
             self.engine.close()
@@ -103,9 +106,10 @@ class Chat:
         from kvrun.cli.slash import dispatch
         from kvrun.terminal.lines import LineCleared
 
-        lines = 0
+        lines, interrupted = 0, False
         while not self.leaving:
             draft, self.draft = self.draft, ""
+            again, interrupted = interrupted, False
             try:
                 line = self.reader.read(draft)
             except EOFError:
@@ -118,13 +122,12 @@ class Chat:
             except KeyboardInterrupt:
                 if not self.on_terminal:
                     raise
-                if self._next_interrupt_leaves:
+                if again:
                     break
-                self._next_interrupt_leaves = True
+                interrupted = True
                 self.console.report("Ctrl-C again, or Ctrl-D, leaves")
                 continue
             lines += 1
-            self._next_interrupt_leaves = False
             if line.startswith("/") and not line.startswith("//"):
                 self._obey(line, dispatch)
             elif line.strip():
@@ -151,7 +154,8 @@ class Chat:
     # ---- turns ----
 
     def take_turn(self, message: str) -> None:
-        """One message and its answer. SIGTERM ends the answer, and the turn is saved before the chat ends."""
+        """One message and its answer. SIGTERM and SIGHUP end the answer, and the turn is saved before the chat ends."""
+        from kvrun.cli.interrupts import interruptible
         from kvrun.terminal import termination
 
         attached, self.attached = self.attached, []
@@ -159,7 +163,7 @@ class Chat:
         with termination.held():
             done = False
             with self._mending():
-                with termination.raising():
+                with termination.raising(), interruptible():
                     ids = self.conversation.ask(message)
                 done = self._answer(ids)
             if not done:
@@ -191,7 +195,6 @@ class Chat:
         except KeyboardInterrupt:  # while the message was encoded
             if not self.on_terminal:
                 raise
-            self._next_interrupt_leaves = True
             self._taken_back()
 
     def _answer(self, ids: list[int]) -> bool:
@@ -215,7 +218,6 @@ class Chat:
 
             if not self.on_terminal and not termination.requested():
                 raise KeyboardInterrupt
-            self._next_interrupt_leaves = True
             if not said:
                 self._taken_back()
         return bool(said)
@@ -289,7 +291,8 @@ class Chat:
         from kvrun.cli.slash import completions
 
         history = Path(platformdirs.user_state_dir("kvrun", appauthor=False)) / "chat_history"
-        look = {"status": self.status, "completions": lambda text: completions(self, text), "color": self.console.stderr_color}
+        look = {"status": self.status, "completions": lambda text: completions(self, text), "color": self.console.stderr_color,
+                "remember": self.options.save}
         try:
             return TerminalLines(history, **look)
         except OSError as error:

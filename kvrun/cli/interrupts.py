@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while an answer is being computed."""
+"""Ctrl-C, SIGTERM and SIGHUP while an answer is being computed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @contextmanager
 def interrupts(engine: Engine, *, stay: bool = False) -> Iterator[None]:
     """While inside, the first SIGINT ends the answer after the step in progress, and a second one raises
-    KeyboardInterrupt; stay: further ones do nothing. A process that ignores SIGINT goes on ignoring it. SIGTERM ends the
-    answer in the same way."""
+    KeyboardInterrupt; stay: further ones do nothing. A process that ignores SIGINT goes on ignoring it. SIGTERM and SIGHUP
+    end the answer in the same way."""
     def handler(signum: int, frame: object) -> None:
         if not stay:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,8 +29,15 @@ def interrupts(engine: Engine, *, stay: bool = False) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """While inside, and not inside `interrupts` too, SIGINT does nothing: an answer is recorded and saved."""
+    """While inside, and inside nothing below or above, SIGINT does nothing: an answer is recorded and saved."""
     with _handled_by(lambda signum, frame: None):
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While inside, SIGINT raises KeyboardInterrupt."""
+    with _handled_by(signal.default_int_handler):
         yield
 
 

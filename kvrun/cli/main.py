@@ -59,7 +59,7 @@ def kvrun(version: Annotated[bool, typer.Option(
     \b
     Exit codes: 0 done, 1 internal error, 2 usage, 3 not found or offline, 4 not
     authorised, 5 bad model, 6 out of memory, 7 context full, 8 NaN or Inf,
-    9 input or output, 130/141/143 SIGINT/SIGPIPE/SIGTERM.
+    9 input or output, 129/130/141/143 SIGHUP/SIGINT/SIGPIPE/SIGTERM.
     """
 
 
@@ -117,7 +117,7 @@ def _guarded(call) -> int:
         return termination.INTERRUPTED
     except termination.Terminated:
         console().clear_progress()
-        return termination.EXIT_CODE
+        return termination.exit_code()
     except BrokenPipeError:
         return _BROKEN_PIPE
     except KvrunError as error:

@@ -18,11 +18,12 @@ def answer_each(runner: Runner) -> int:
     """Answers every line that is not empty, each as if alone. What all prompts share, the system prompt, files and PROMPT, is read once.
     A line that cannot be answered gets an object with `error`, and the others go on. Returns the exit code: that of the last error."""
     from kvrun.cache.session_pages import PageArchive
+    from kvrun.terminal import termination
     from kvrun.terminal.lines import PipedLines
 
     before = _before(runner)
     reader, code, done = PipedLines(), 0, 0
-    with tempfile.TemporaryDirectory(prefix="kvrun-") as folder:
+    with termination.raising(), tempfile.TemporaryDirectory(prefix="kvrun-") as folder:
         # Where a sliding window or a page that is quantized whole cannot be taken back to what the prompts share.
         runner.engine.archive = PageArchive(Path(folder), runner.engine.pool, runner.engine.sequence)
         shared = 0

@@ -32,7 +32,7 @@ def _help(chat: Chat, argument: str) -> None:
     rows = [(f"/{command.name} {command.argument}", command.help) for command in COMMANDS.values()]
     rows += [("//...", "a message that begins with a slash"),
              ("Alt-Enter, Ctrl-J", "a new line in the message; Tab completes commands and paths"),
-             ("Ctrl-C", "stops the answer; at an empty prompt, twice, leaves; Ctrl-D leaves")]
+             ("Ctrl-C", "stops the answer; at an empty prompt, twice, leaves, as Ctrl-D does")]
     for usage, what in rows:
         chat.console.report(f"{usage:<20} {what}", indent=21)
 

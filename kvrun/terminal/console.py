@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import time
 
 from kvrun.errors import StorageError
-from kvrun.terminal import streams
+from kvrun.terminal import streams, termination
 from kvrun.terminal.markdown import MarkdownBlocks, render
 from kvrun.terminal.sanitize import Sanitizer, one_line, visible
 
@@ -107,13 +108,15 @@ class Console:
         self.out((text[: columns - 1] + "…" if self.stdout_is_terminal and len(text) > columns else text) + "\n")
 
     def out(self, text: str) -> None:
-        """Writes text to stdout as it is, at once. BrokenPipeError when its reader has gone."""
+        """Writes text to stdout as it is, at once. BrokenPipeError when its reader has gone; a terminal that has gone is as SIGHUP."""
         self.clear_progress()
         try:
             streams.write_all(streams.STDOUT, text.encode("utf-8", "replace"))
         except BrokenPipeError:
             raise
         except OSError as error:
+            if error.errno == errno.EIO and self.stdout_is_terminal and termination.hung_up():
+                return
             raise StorageError(f"cannot write to standard output: {error.strerror}") from error
 
     # ---- stderr ----

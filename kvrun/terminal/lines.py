@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import termios
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,23 +42,31 @@ class TerminalLines:
     """Line editing with history; a pasted text of several lines is one message, and Alt-Enter or Ctrl-J begins a line."""
 
     def __init__(self, history: Path | None, *, status: Callable[[], str] = str, completions: Completions | None = None,
-                 color: bool = True) -> None:
-        """history: its file, made if absent, readable by its owner alone; None keeps it in memory. status: the line below
+                 color: bool = True, remember: bool = True) -> None:
+        """history: its file, made if absent, readable by its owner alone; None keeps it in memory. remember: False reads it alone. status: the line below
         the prompt. completions: what Tab offers."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.layout.processors import TabsProcessor
         from prompt_toolkit.output import ColorDepth, create_output
         from prompt_toolkit.styles import Style
 
-        if history is not None:
+        class ReadHistory(FileHistory):
+            """Offers what earlier chats left, and leaves nothing."""
+
+            def store_string(self, string: str) -> None:
+                pass
+
+        if history is not None and remember:
             history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(history, os.O_CREAT | os.O_APPEND, 0o600))
         # The prompt goes to the terminal also when the answers go elsewhere.
         self._session = PromptSession(
-            output=create_output(always_prefer_tty=True), history=FileHistory(str(history)) if history else InMemoryHistory(),
+            output=create_output(always_prefer_tty=True), history=(FileHistory if remember else ReadHistory)(str(history)) if history else InMemoryHistory(),
             bottom_toolbar=lambda: one_line(status()), style=Style([("bottom-toolbar", "noreverse fg:ansibrightblack")]),
             color_depth=None if color else ColorDepth.DEPTH_1_BIT, key_bindings=_newline_keys(), prompt_continuation="  ",
-            completer=_completer(completions) if completions else None, complete_while_typing=False, reserve_space_for_menu=4)
+            completer=_completer(completions) if completions else None, complete_while_typing=False, reserve_space_for_menu=4,
+            enable_suspend=True, input_processors=[TabsProcessor(char1=" ", char2=" ")])
 
     def read(self, default: str = "") -> str:
         try:
@@ -65,6 +75,10 @@ class TerminalLines:
         except KeyboardInterrupt:
             if self._session.default_buffer.text:
                 raise LineCleared from None
+            raise
+        except OSError as error:
+            if error.errno == errno.EIO and termination.hung_up():
+                raise termination.Terminated from None
             raise
 
     def _end(self) -> None:
@@ -114,12 +128,16 @@ class PipedLines:
 
     def read(self, default: str = "") -> str:
         try:
-            line = self._file.readline()
+            line = end = self._file.readline(streams.MOST_TEXT + 1)
+            while len(line) > streams.MOST_TEXT and end and not end.endswith(b"\n"):
+                end = self._file.readline(1 << 20)
         except OSError:  # closed: as if it were empty
             line = b""
         if not line:
             raise EOFError
         self._number += 1
+        if len(line) > streams.MOST_TEXT:
+            raise UsageError(f"line {self._number} of standard input has more than {streams.MOST_TEXT >> 20} MiB; it was skipped")
         try:
             return line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
@@ -129,7 +147,7 @@ class PipedLines:
 @contextmanager
 def typed_ahead() -> Iterator[None]:
     """While inside, what is typed between two prompts does not appear amid an answer: it waits for the next prompt, and Enter ends
-    a message there too. Ctrl-C works as ever."""
+    a message there too. Ctrl-C works as ever, and Ctrl-Z: what goes on afterwards finds the terminal as it was when it stopped."""
     if not streams.is_terminal(streams.STDIN):
         yield
         return
@@ -138,7 +156,24 @@ def typed_ahead() -> Iterator[None]:
     silent[3] &= ~termios.ECHO
     silent[0] &= ~termios.ICRNL  # or Enter would come as Ctrl-J, which begins a line
     termios.tcsetattr(streams.STDIN, termios.TCSANOW, silent)
+    ignored = signal.getsignal(signal.SIGTSTP) is signal.SIG_IGN
     try:
+        if not ignored:
+            signal.signal(signal.SIGTSTP, _stop)
         yield
     finally:
-        termios.tcsetattr(streams.STDIN, termios.TCSANOW, before)
+        if not ignored:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        with suppress(OSError, termios.error):  # the terminal may be gone
+            termios.tcsetattr(streams.STDIN, termios.TCSANOW, before)
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Ctrl-Z: stops the process, and makes the terminal its own again when it goes on; shells take theirs back, and do not return it."""
+    with suppress(OSError, termios.error):
+        mine = termios.tcgetattr(streams.STDIN)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, _stop)
+        if os.tcgetpgrp(streams.STDIN) == os.getpgrp():  # in the background it would stop again
+            termios.tcsetattr(streams.STDIN, termios.TCSANOW, mine)

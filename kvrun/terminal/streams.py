@@ -9,6 +9,8 @@ import select
 import sys
 
 STDIN, STDOUT, STDERR = 0, 1, 2
+MOST_TEXT = 64 << 20
+"""Bytes of a file, of standard input or of one line of it: more than any context holds."""
 
 
 def guard_closed_streams() -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM: what it does depends on what goes on when it comes.
+"""SIGTERM, and SIGHUP when the terminal closes: what they do depends on what goes on when they come.
 
 An exception raised by a signal handler is right where temporary files are to be cleaned up. It is wrong inside an event loop, which
 would report it as an error of its own, in the middle of a save, and while modules load, whose locks would stay taken and keep another
@@ -17,37 +17,56 @@ from contextlib import contextmanager
 
 from kvrun.terminal import streams
 
-EXIT_CODE, INTERRUPTED = 143, 130  # 128 + SIGTERM and SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM or SIGHUP came."""
 
 
 _endings: list[Callable[[], None]] = []
-_requested = False
+_cleanups: list[Callable[[], object]] = []
+_signal = 0  # the one that came
 _terminal: list | None = None
 
 
 def requested() -> bool:
-    """Whether SIGTERM has come."""
-    return _requested
+    """Whether SIGTERM or SIGHUP has come."""
+    return bool(_signal)
+
+
+def exit_code() -> int:
+    """128 + the signal that came, as shells have it."""
+    return 128 + _signal
 
 
 def install() -> None:
-    """From now on SIGTERM ends the process with EXIT_CODE: at once, but for the blocks below."""
+    """From now on SIGTERM and SIGHUP end the process with `exit_code()`: at once, but for the blocks below. nohup's SIGHUP stays ignored."""
     global _terminal
     with contextlib.suppress(OSError, termios.error):
         _terminal = termios.tcgetattr(streams.STDIN)
     sys.unraisablehook = _unraisable
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGTERM, _on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _on_signal)
 
 
-def _on_sigterm(signum: int, frame: object) -> None:
-    global _requested
-    again, _requested = _requested, True
+def hung_up() -> bool:
+    """The terminal is gone: from now on as after SIGHUP, which may yet be on its way from the shell. False where SIGHUP is ignored."""
+    if signal.getsignal(signal.SIGHUP) is not _on_signal:
+        return False
+    if not _signal:
+        _on_signal(signal.SIGHUP)
+    return True
+
+
+def _on_signal(signum: int, frame: object = None) -> None:
+    global _signal
+    again = signum == _signal == signal.SIGTERM  # SIGHUP comes twice by itself: from the kernel and from the shell
+    if not _signal or signum == signal.SIGTERM:
+        _signal = signum
     if again or not _endings:
-        _leave(EXIT_CODE)
+        _leave(exit_code())
     _endings[-1]()
 
 
@@ -56,6 +75,8 @@ def _leave(code: int) -> None:
     from kvrun.terminal import console
 
     console().clear_progress()
+    for clean in _cleanups:
+        clean()
     if _terminal is not None:
         with contextlib.suppress(OSError, termios.error):
             if termios.tcgetattr(streams.STDIN) != _terminal:
@@ -68,7 +89,7 @@ def _leave(code: int) -> None:
 def _unraisable(unraisable: object) -> None:
     """Terminated was raised where Python drops exceptions, as in a destructor."""
     if isinstance(getattr(unraisable, "exc_value", None), Terminated):
-        _leave(EXIT_CODE)
+        _leave(exit_code())
     sys.__unraisablehook__(unraisable)
 
 
@@ -78,9 +99,19 @@ def _raise() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """While inside, and inside nothing below, SIGTERM raises Terminated, so that what is open is cleaned up."""
+    """While inside, and inside nothing below, a signal raises Terminated, so that what is open is cleaned up."""
     with ended_by(_raise):
         yield
+
+
+@contextmanager
+def cleaned_by(clean: Callable[[], object]) -> Iterator[None]:
+    """While inside, a process that ends at once calls `clean` before."""
+    _cleanups.append(clean)
+    try:
+        yield
+    finally:
+        _cleanups.remove(clean)
 
 
 @contextmanager
@@ -98,21 +129,21 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def ended_by(stop: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGTERM calls `stop`, which makes the block end in its own way; then it is the enclosing block's turn.
+    """While inside, such a signal calls `stop`, which makes the block end in its own way; then it is the enclosing block's turn.
     stop: runs between two bytecodes of the main thread, maybe twice. A second SIGTERM ends the process at once."""
     _endings.append(stop)
     try:
-        if _requested:  # it came just before
+        if _signal:  # it came just before
             stop()
         yield
     finally:
         _endings.pop()
-    if _requested:
+    if _signal:
         _endings[-1]() if _endings else _raise()
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """While inside, SIGTERM waits: a save goes on to its end."""
+    """While inside, they wait: a save goes on to its end."""
     with ended_by(lambda: None):
         yield

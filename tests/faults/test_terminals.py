@@ -124,7 +124,10 @@ def test_row_15_ctrl_c_stops_the_answer_and_keeps_the_chat(terminal, endless):
     assert cached, shown
     # the whole first turn, partial answer included, was still in the cache
     assert int(cached[-1][1]) == int(first[0][1])
-    screen.send("\x03")     # the second one, at an empty prompt
+    screen.send("\x03")     # an impatient one, which finds an empty prompt
+    screen.wait_for("Ctrl-C again, or Ctrl-D, leaves")
+    screen.wait_prompt()
+    screen.send("\x03")
     assert screen.end() == 0
 
 
@@ -146,13 +149,14 @@ def test_row_15_ctrl_c_in_prefill_takes_the_message_back(chat, tmp_path):
     screen.ask("short", "tok/s")
 
 
-def test_row_16_sigterm_in_an_answer_saves_what_was_said(environment, state, endless):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_row_16_sigterm_in_an_answer_saves_what_was_said(environment, state, endless, signum):
     screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000"], environment | state)
     screen.wait_prompt()
     screen.send("go\r")
     screen.wait_for("line 120")
-    os.kill(screen.process.pid, signal.SIGTERM)
-    assert screen.end() == 143
+    os.kill(screen.process.pid, signum)
+    assert screen.end() == 128 + signum
     turn = last_document(state)["turns"][0]
     assert turn["user"] == "go" and turn["assistant"].startswith("line 100\nline 101\n") and len(turn["said"]) > 20
 
