@@ -9,21 +9,22 @@ from pathlib import Path
 from kvrun.errors import StorageError, UsageError
 from kvrun.terminal import streams
 
-_MOST = 64 << 20  # bytes of a file or of standard input
+_STDIN = Path("-")
 
 
 def gather_prompt(argument: str | None, files: Sequence[Path], *, raw: bool) -> str:
     """The whole prompt: files, then standard input when it is no terminal, then the argument, a blank line between.
 
-    "-" as the argument stands for standard input alone. A final newline of a file or of standard input is dropped,
-    unless `raw` and there is just that one part, which is then taken as it is. Raises UsageError when nothing is
-    given or all of it is empty, or what is given is no UTF-8 text; StorageError when a file cannot be read.
+    "-" as the argument stands for standard input alone, and among the files it says where standard input goes. A final
+    newline of a file or of standard input is dropped, unless `raw` and there is just that one part, which is then taken
+    as it is. Raises UsageError when nothing is given or all of it is empty, or what is given is no UTF-8 text;
+    StorageError when a file cannot be read.
     """
-    parts = [read_file(path) for path in files]
-    from_terminal = streams.is_terminal(streams.STDIN)
-    if argument == "-" and from_terminal:
-        raise UsageError("PROMPT is '-' and standard input is a terminal; pipe text into it or write the prompt out")
-    if not from_terminal:
+    from_terminal, among_files = streams.is_terminal(streams.STDIN), _STDIN in files
+    if from_terminal and (argument == "-" or among_files):
+        raise UsageError(f"{'-f' if among_files else 'PROMPT'} is '-' and standard input is a terminal; pipe text into it or write the prompt out")
+    parts = [read_stdin() if path == _STDIN else read_file(path) for path in files]
+    if not from_terminal and not among_files:
         parts.append(read_stdin())
     if argument not in (None, "-"):
         parts.append(_argument_text(argument))
@@ -57,26 +58,30 @@ def _argument_text(argument: str) -> str:
 
 
 def read_stdin() -> str:
-    """Standard input as UTF-8 text, without a byte order mark. Raises UsageError when it is none."""
-    chunks = []
+    """Standard input as UTF-8 text, without a byte order mark. Raises UsageError when it is none, or without end."""
+    data = bytearray()
     try:
-        while chunk := os.read(streams.STDIN, 1 << 16):
-            chunks.append(chunk)
+        while len(data) <= streams.MOST_TEXT and (chunk := os.read(streams.STDIN, 1 << 16)):
+            data += chunk
     except OSError:  # closed: as if it were empty
         return ""
-    return _decode(b"".join(chunks), "standard input")
+    return _decode(_bounded(data, "standard input"), "standard input")
 
 
 def read_file(path: Path) -> str:
     """A file of UTF-8 text, without a byte order mark. Raises UsageError when it is none, StorageError."""
     try:
         with path.open("rb") as file:
-            data = file.read(_MOST + 1)
-        if len(data) > _MOST:
-            raise UsageError(f"{path} has more than {_MOST >> 20} MiB, more than any context holds; give a part of it")
-        return _decode(data, str(path))
+            data = file.read(streams.MOST_TEXT + 1)
+        return _decode(_bounded(data, str(path)), str(path))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _bounded(data: bytes, where: str) -> bytes:
+    if len(data) > streams.MOST_TEXT:
+        raise UsageError(f"{where} has more than {streams.MOST_TEXT >> 20} MiB, more than any context holds; give a part of it")
+    return data
 
 
 def _decode(data: bytes, where: str) -> str:

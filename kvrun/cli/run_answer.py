@@ -74,8 +74,10 @@ class Runner:
             raise KvrunError(f"the answer was cut before {'--schema' if options.schema else '--regex'} was fulfilled; use a larger --max-tokens"
                              + (", or no --stop" if end.reason == "stop" else ""))
         if end.reason == "context":
-            raise ContextFullError(f"the answer was cut: prompt and answer fill all {self.engine.n_ctx} tokens of context; "
-                                   "use a larger --n-ctx, --max-tokens, or --overflow evict")
+            n_ctx, trained = self.engine.n_ctx, self.engine.spec.n_positions
+            larger = f"use a larger --n-ctx (at most {trained}) or" if n_ctx < trained else "use"
+            raise ContextFullError(f"the answer was cut: prompt and answer fill all {n_ctx} tokens of context; {larger} --overflow evict to go on, "
+                                   "or --max-tokens to end it before")
         return 0
 
     def _prompt_cache(self, ids: list[int]) -> PromptCache | None:
@@ -98,7 +100,7 @@ class Runner:
         return self._constraint
 
     def generate(self, ids: list[int], output: Output, cache: PromptCache | None = None) -> Stop:
-        """Runs one answer through `output`. Ctrl-C and SIGTERM end it."""
+        """Runs one answer through `output`. Ctrl-C, SIGTERM and SIGHUP end it."""
         from kvrun.cli.interrupts import interrupts
         from kvrun.engine.events import Prefill, Stop, Token
 

@@ -1,8 +1,14 @@
 """Every failure is one line on stderr, nothing on stdout, and its exit code."""
 
+import json
+import subprocess
+
 import pytest
 
 from kvrun.cli.main import _guarded
+
+from ..engine.tiny_model import scripted_model
+from .conftest import KVRUN, LINES
 
 
 def check(result, code, *words):
@@ -54,6 +60,28 @@ def test_input_that_is_no_text(kvrun, scripted, tmp_path):
     check(kvrun("run", scripted, "x", "-f", path), 2, "picture.png", "0x89")
     check(kvrun("run", scripted, b"\xff".decode(errors="surrogateescape")), 2, "UTF-8")
     check(kvrun("run", scripted, "x", "-f", tmp_path / "absent"), 9, "absent")
+
+
+def test_input_without_end(environment, scripted):
+    """It is refused where no context could hold it, and of a chat's lines the next is taken."""
+    result = subprocess.run(["bash", "-c", f"yes | {' '.join(KVRUN)} run {scripted} x"], capture_output=True, env=environment, timeout=60)
+    check(result, 2, "standard input has more than 64 MiB")
+    lines = f"(head -c 70000000 /dev/zero; echo; echo hi) | {' '.join(KVRUN)} chat {scripted} --no-save"
+    result = subprocess.run(["bash", "-c", lines], capture_output=True, env=environment, timeout=60)
+    assert result.returncode == 0 and result.stdout.count(b"\n") == 2
+    assert result.stderr == b"kvrun: error: line 1 of standard input has more than 64 MiB; it was skipped\n"
+
+
+def test_a_full_context_names_what_helps(kvrun, tmp_path):
+    """A larger n_ctx only where there is one."""
+    folder = scripted_model(tmp_path / "m", LINES, loop=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    check(kvrun("run", folder, "word " * 300, "-n", "64"), 7, "the context holds 64; shorten the prompt, use a larger --n-ctx (at most 512), or use --overflow evict")
+    check(kvrun("run", folder, "word " * 300), 7, "the context holds 512, all that the model was trained for; shorten the prompt or use --overflow evict")
+    for args, words in ((("-n", "64"), b"use a larger --n-ctx (at most 512) or --overflow evict to go on"), ((), b"; use --overflow evict to go on")):
+        result = kvrun("run", folder, "go", *args)
+        assert result.returncode == 7 and words in result.stderr
 
 
 def test_a_model_that_is_not_there(kvrun, tmp_path):
