@@ -237,7 +237,8 @@ const char *kv_cuda_targets(void);
 int32_t kv_cuda_count(void);
 /* The newest CUDA version that the driver speaks (1000*major + 10*minor); 0 without a driver. */
 int32_t kv_cuda_driver(void);
-/* Fills `out`. Opens the device's context in this process. KV_DEVICE on failure. */
+/* Fills `out`. Opens the device's context in this process; where others have left too little memory for that, free_bytes is 0 and
+ * built, which only a context could tell, is 1. KV_DEVICE on failure. */
 int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out);
 /* Why the last call of this thread failed, one line; "" when it did not. */
 const char *kv_cuda_error(void);

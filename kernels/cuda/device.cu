@@ -47,6 +47,13 @@ EXPORT int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
         const cudaError_t restored = cudaSetDevice(current);
         if (error == cudaSuccess) error = restored;
     }
+    if (error == cudaErrorMemoryAllocation) {  // others have so much of it that not even a context fits: a device without free memory
+        total_bytes = properties.totalGlobalMem;
+        free_bytes = 0;
+        out->built = 1;
+        error = cudaSuccess;
+        cudaGetLastError();
+    }
     if (error != cudaSuccess) {
         cudaGetLastError();
         return kv::fail(KV_DEVICE, "device %d: %s", device, cudaGetErrorString(error));

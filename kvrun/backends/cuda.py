@@ -16,7 +16,8 @@ LIBRARY = Path(__file__).with_name("libkvrun_cuda.so")
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """One device. arch: compute capability as in "9.0". built: whether the library holds code for it. Memory in bytes."""
+    """One device. arch: compute capability as in "9.0". built: whether the library holds code for it. Memory in bytes. index: its number
+    among those that CUDA_VISIBLE_DEVICES leaves."""
 
     name: str
     arch: str
@@ -24,12 +25,13 @@ class CudaDevice:
     built: bool
     memory_bytes: int
     free_bytes: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
 class CudaStatus:
-    """What there is of CUDA. driver: the newest CUDA version it speaks, as in "13.0". reason: why there is no device
-    to use; "" when there is one."""
+    """What there is of CUDA. driver: the newest CUDA version it speaks, as in "13.0". devices: the first one alone unless all were
+    asked for, and those that could be opened. reason: why the first device, the one that is used, cannot be; "" when it can."""
 
     built: bool
     path: Path
@@ -41,10 +43,11 @@ class CudaStatus:
     """What it was built for, as kv_cuda_targets says; "" where it does not load."""
 
 
-def probe(library: Path = LIBRARY) -> CudaStatus:
-    """Loads the library and asks it for the driver and the devices. Never raises: `reason` says what is missing."""
-    def without(reason: str, loads: bool = False, targets: str = "") -> CudaStatus:
-        return CudaStatus(library.exists(), library, loads, None, (), reason, targets)
+def probe(library: Path = LIBRARY, *, every: bool = False) -> CudaStatus:
+    """Loads the library and asks it for the driver and the first device. Never raises: `reason` says what is missing. every: for all
+    devices, which takes some memory of each: to look at one opens its context."""
+    def without(reason: str, loads: bool = False, targets: str = "", driver: str | None = None) -> CudaStatus:
+        return CudaStatus(library.exists(), library, loads, driver, (), reason, targets)
 
     if not library.exists():
         return without("the CUDA kernels were not built: no nvcc was found when kvrun was installed")
@@ -54,22 +57,26 @@ def probe(library: Path = LIBRARY) -> CudaStatus:
         return without(str(error))
     from kvrun.backends._abi import ffi
 
+    def said() -> str:
+        return ffi.string(lib.kv_cuda_error()).decode()
+
     targets = ffi.string(lib.kv_cuda_targets()).decode()
     version = lib.kv_cuda_driver()
     if not version:
         return without("no CUDA driver on this machine", True, targets)
     driver = f"{version // 1000}.{version % 1000 // 10}"
-    devices = []
     count = lib.kv_cuda_count()
-    reason = ffi.string(lib.kv_cuda_error()).decode() if not count else ""
-    for index in range(count):
+    if not count:
+        return without(said(), True, targets, driver)
+    devices, reason = [], ""
+    for index in range(count if every else 1):
         info = ffi.new("kv_cuda_device *")
-        if lib.kv_cuda_describe(index, info) != lib.KV_OK:
-            reason = ffi.string(lib.kv_cuda_error()).decode()
-            continue
-        devices.append(CudaDevice(ffi.string(info.name).decode(errors="replace"), f"{info.arch // 10}.{info.arch % 10}",
-                                  info.sms, bool(info.built), info.memory_bytes, info.free_bytes))
-    return CudaStatus(True, library, True, driver, tuple(devices), "" if devices else reason, targets)
+        if lib.kv_cuda_describe(index, info) == lib.KV_OK:
+            devices.append(CudaDevice(ffi.string(info.name).decode(errors="replace"), f"{info.arch // 10}.{info.arch % 10}",
+                                      info.sms, bool(info.built), info.memory_bytes, info.free_bytes, index))
+        elif index == 0:
+            reason = said()
+    return CudaStatus(True, library, True, driver, tuple(devices), reason, targets)
 
 
 def open_library(path: Path = LIBRARY) -> Any:
@@ -87,7 +94,7 @@ def open_library(path: Path = LIBRARY) -> Any:
 
 def why_not(status: CudaStatus) -> str:
     """Why the first device cannot be used, in one line; "" when it can. Asks torch only where all else is well."""
-    if not status.devices:
+    if status.reason or not status.devices:
         return status.reason
     device = status.devices[0]
     if not device.built:
@@ -136,6 +143,6 @@ def open_device(device: str) -> Device:
 def free_memory() -> int:
     """Bytes that are free on the first device. UsageError without one."""
     status = probe()
-    if not status.devices:
+    if status.reason:
         raise UsageError(f"--device cuda: {status.reason}; use --device cpu")
     return status.devices[0].free_bytes

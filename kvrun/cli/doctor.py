@@ -144,12 +144,12 @@ def _cuda() -> Section:
     from kvrun.backends.cuda import probe, why_not
     from kvrun.terminal import human_bytes
 
-    status = probe()
+    status = probe(every=True)
     built = f"for compute {status.targets}" if status.targets else status.built
     found: Section = {"kernels built": built, "library": str(status.path), "library loads": status.loads,
                       "driver": status.driver or "none"}
-    for index, device in enumerate(status.devices):
-        found[f"device {index}"] = (f"{device.name}, compute {device.arch}, {device.sms} SMs, "
+    for device in status.devices:
+        found[f"device {device.index}"] = (f"{device.name}, compute {device.arch}, {device.sms} SMs, "
                                     f"{human_bytes(device.free_bytes)} of {human_bytes(device.memory_bytes)} free")
     reason = why_not(status)
     if status.devices:

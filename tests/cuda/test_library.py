@@ -13,6 +13,7 @@ from kvrun.errors import KvrunError, UsageError
 from kvrun.runtime import choose_device
 
 from .device_memory import Device
+from .emulator import KERNELS
 
 
 @pytest.fixture
@@ -73,6 +74,52 @@ def test_missing_and_broken_libraries_are_told(tmp_path, cxx):
     assert not other.loads and "interface 999" in other.reason
 
 
+# A library that says what one with a driver would: of two devices another process has the first to itself.
+TWO_DEVICES = r"""
+#include "kvrun.h"
+#include <cstring>
+static const char *said = "";
+extern "C" {
+int32_t kv_abi(void) { return KV_ABI; }
+const char *kv_cuda_targets(void) { return "90"; }
+const char *kv_cuda_error(void) { return said; }
+int32_t kv_cuda_driver(void) { return 13000; }
+int32_t kv_cuda_count(void) { return COUNT; }
+int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
+    said = device ? "" : "device 0: busy";
+    strcpy(out->name, "Fancy 9000");
+    out->arch = 90, out->built = 1, out->free_bytes = 7;
+    return device ? KV_OK : KV_DEVICE;
+}
+}
+"""
+
+
+@pytest.fixture(params=[2, 0])
+def refusing(request, tmp_path, cxx):
+    """A probe() of it, and of one whose driver has no device."""
+    source, library = tmp_path / "refusing.cpp", tmp_path / "refusing.so"
+    source.write_text(TWO_DEVICES.replace("COUNT", str(request.param)).replace('said = ""', 'said = "none"'), encoding="utf-8")
+    subprocess.run([cxx, "-shared", "-fPIC", f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
+    return lambda every=False: probe(library, every=every)
+
+
+def test_the_first_device_is_used_or_none(refusing, monkeypatch):
+    """Another one never takes its place; that it cannot be used is said, also where nobody asked for it."""
+    status = refusing()
+    reason = status.reason
+    assert reason in ("device 0: busy", "none") and status.devices == () and status.driver == "13.0" and why_not(status) == reason
+    every = refusing(every=True)
+    assert every.reason == reason and [device.index for device in every.devices] == ([1] if "busy" in reason else []) and why_not(every) == reason
+    monkeypatch.setattr(cuda, "probe", lambda: status)
+    for ask in (require, cuda.free_memory):
+        with pytest.raises(UsageError, match=reason) as refusal:
+            ask()
+        assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
+    told = []
+    assert choose_device("auto", told.append) == "cpu" and told == [f"the GPU is not used: {reason}"]
+
+
 def test_without_a_device_it_is_refused_with_exit_code_2():
     if not why_not(probe()):
         pytest.skip("there is a device")
@@ -92,7 +139,7 @@ def test_each_reason_is_told(built):
 
 
 def test_auto_takes_a_device_that_works_and_says_so(monkeypatch, built):
-    status = replace(built, devices=(CudaDevice("Fancy 9000", "9.0", 100, True, 2**34, 2**33),), reason="")
+    status = replace(built, driver="13.0", devices=(CudaDevice("Fancy 9000", "9.0", 100, True, 2**34, 2**33),), reason="")
     monkeypatch.setattr(cuda, "probe", lambda: status)
     told = []
     for reason, device in (("", "cuda"), ("it is on fire", "cpu")):
@@ -101,10 +148,12 @@ def test_auto_takes_a_device_that_works_and_says_so(monkeypatch, built):
     assert told == ["using the GPU, Fancy 9000", "the GPU is not used: it is on fire"]
 
 
-def test_a_command_on_cuda_ends_with_2_and_one_line(smollm2, capfd):
+def test_a_command_on_cuda_ends_with_2_and_one_line(request, capfd):
     if not why_not(probe()):
         pytest.skip("there is a device")
     from kvrun.cli.main import main
+
+    smollm2 = request.getfixturevalue("smollm2")                  # fetched only now: a machine with a device may be offline
 
     assert main(["run", str(smollm2.path), "Hello", "--device", "cuda"]) == 2
     out, err = capfd.readouterr()
