@@ -230,8 +230,8 @@ typedef struct kv_cuda_device {
     int64_t memory_bytes, free_bytes;
 } kv_cuda_device;
 
-/* The architectures whose machine code the library holds, as compute capabilities times ten, and "PTX n" for what comes after:
- * "80, 86, 89, 90, 120, PTX 120". */
+/* The architectures whose machine code the library holds, as compute capabilities times ten, and "PTX n" for what can take it:
+ * "80, 86, 89, 90, 120, PTX 90, PTX 120". */
 const char *kv_cuda_targets(void);
 /* Devices that can be used; 0 when there is none, and kv_cuda_error() says why. */
 int32_t kv_cuda_count(void);
