@@ -25,10 +25,12 @@ def _in_one_line(call: Callable[..., Any]) -> Callable[..., Any]:
     def told(*args: Any, **settings: Any) -> Any:
         try:
             return call(*args, **settings)
-        except torch.OutOfMemoryError:
-            raise OutOfMemoryError("the GPU has no memory left; use a smaller --n-ctx or end other programs on it") from None
         except RuntimeError as error:
-            raise KvrunError(f"the GPU failed: {str(error).strip().partition(chr(10))[0]}") from error
+            said = str(error).strip().partition("\n")[0]
+            # Torch's allocator has an error of its own; contexts, graphs and modules that find no memory have the driver's.
+            if isinstance(error, torch.OutOfMemoryError) or said.endswith("out of memory"):
+                raise OutOfMemoryError("the GPU has no memory left; use a smaller --n-ctx or end other programs on it") from error
+            raise KvrunError(f"the GPU failed: {said}") from error
 
     return told
 
@@ -74,6 +76,7 @@ class TorchDevice:
 
     name = "cuda"
 
+    @_in_one_line
     def __init__(self, status: CudaStatus, index: int = 0) -> None:
         """status: of a library that loads and a device that works."""
         self.lib = open_library(status.path)
@@ -84,6 +87,7 @@ class TorchDevice:
         self._staging: list[tuple[np.ndarray, torch.cuda.Event]] = []
         self._pinned: list[torch.Tensor] = []
 
+    @_in_one_line
     def allocate(self, n_bytes: int, purpose: str) -> TorchMemory:
         """See Device."""
         with torch.cuda.stream(self._stream):
@@ -114,8 +118,13 @@ class TorchDevice:
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Device. The work is recorded and not run."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            if isinstance(error.__context__, KvrunError):        # what failed first says more than that the capture could not be ended
+                raise error.__context__ from None
+            raise
 
         @_in_one_line
         def replay() -> None:

@@ -172,3 +172,22 @@ def test_what_torch_says_of_a_gpu_is_one_line():
     with pytest.raises(KvrunError, match="^the GPU failed: ") as refusal:
         device.mark()
     assert refusal.value.exit_code == 1 and "\n" not in str(refusal.value) and refusal.value.__cause__
+
+
+@pytest.mark.parametrize("kind,said,code", [
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.", 6), ("AcceleratorError", "CUDA error: out of memory\nSearch for more.", 6),
+    ("RuntimeError", "CUDA error: an illegal memory access was encountered\nSearch for more.", 1)])
+def test_what_torch_raises_gets_its_exit_code(kind, said, code):
+    """As torch words it, whichever part of it found no memory."""
+    torch = pytest.importorskip("torch")
+    from kvrun.backends.cuda_torch import _in_one_line
+
+    kind = getattr(torch, kind, RuntimeError)
+
+    @_in_one_line
+    def fails():
+        raise kind(said)
+
+    with pytest.raises(KvrunError) as refusal:
+        fails()
+    assert refusal.value.exit_code == code and "\n" not in str(refusal.value)
