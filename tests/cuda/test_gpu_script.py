@@ -44,6 +44,35 @@ def test_what_was_measured_is_in_the_table_and_in_the_file(walked):
     assert "the emulator" in found["device"] and "build" in "".join(found["steps"])
 
 
+def test_measuring_goes_on_in_a_new_process(walked, simt_library, tmp_path):
+    """As after a case that broke the device's context: what is measured is kept, and the cases after it follow."""
+    file = tmp_path / "measured.json"
+    file.write_text((walked[1] / "measured.json").read_text(encoding="utf-8"), encoding="utf-8")
+    before = json.loads(file.read_text(encoding="utf-8"))
+    path = os.pathsep.join(filter(None, (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"KVRUN_SIMT_LIBRARY": str(simt_library), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, SCRIPT.parent / "measure.py", "--device", "simt", "--json", file, "--after", "3"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    after = json.loads(file.read_text(encoding="utf-8"))
+    assert after["rows"][:-1] == before["rows"] and after["rows"][-1]["weights"] == "q4s"
+    assert [after[what] for what in ("copy_bytes_per_second", "steps")] == [before[what] for what in ("copy_bytes_per_second", "steps")]
+
+
+def test_a_test_that_breaks_the_device_is_named(tmp_path):
+    """By the plugin of the script, which ends its worker; the tests after it have another."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_it.py").write_text("import os, pytest, torch\n"
+                                         "def synchronize():\n    if os.environ.get('BROKEN'): raise RuntimeError('CUDA error')\n"
+                                         "torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize\n"
+                                         "@pytest.mark.parametrize('n', range(6))\n"
+                                         "def test_one(n):\n    assert 'BROKEN' not in os.environ\n"
+                                         "    if n == 2: os.environ['BROKEN'] = '1'\n", encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "broken", "-n", "1", tmp_path], capture_output=True, text=True, env=env,
+                          cwd=tmp_path)
+    assert "crashed while running" in done.stdout and "1 failed, 6 passed" in done.stdout, done.stdout
+
+
 def test_a_missing_program_is_one_line(tmp_path):
     """Nothing is built, and the table says what is missing."""
     bare = tmp_path / "python"

@@ -99,8 +99,8 @@ def test_a_window_that_moved_on_is_read_again_and_said(open_tiny, sliding_model,
 @pytest.mark.parametrize("kv", ["f16", "q8", "q4"])
 def test_what_was_drawn_is_read_again_as_it_was_drawn(open_tiny, sliding_model, rng, device, kv):
     """The window has moved on, so all is computed again, drawn ids among prompts, and the pages are the same as before."""
-    if device == "reference":
-        pytest.skip("torch's sums depend on the number of rows")
+    if device != "cpu":
+        pytest.skip("sums of matrix libraries depend on the number of rows")
     engine, unbroken = (open_tiny(sliding_model, kv=kv, prefill_chunk=chunk) for chunk in (32, 100))
     ids, question = random_ids(rng, 100), random_ids(rng, 30)
     first = [collect(each.generate(ids, sampler=WARM, max_tokens=300)).ids for each in (engine, unbroken)]

@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,17 +57,17 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.torch = "cuda" if device == "cuda" else "cpu"
-        self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def seconds(self, work: Callable[[], object], rounds: int) -> float:
         """Median of `rounds`, after one that does not count."""
         work()
         taken = []
         for _ in range(rounds):
-            self._wait()
+            self.wait()
             started = time.perf_counter()
             work()
-            self._wait()
+            self.wait()
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 
@@ -116,13 +117,13 @@ def transformers_ms(clock: Clock, name: str, folder: Path, compiled: bool) -> fl
         return 1000 * (run(many) - run(few)) / (many - few)
 
 
-def llama_cpp() -> object:
-    """What LLAMA_BENCH says of LLAMA_MODEL; None where they were not brought along."""
+def llama_cpp(seconds: float) -> object:
+    """What LLAMA_BENCH says of LLAMA_MODEL within so long; None where they were not brought along."""
     program, model = os.environ.get("LLAMA_BENCH"), os.environ.get("LLAMA_MODEL")
     if not program or not model:
         return None
     done = subprocess.run([program, "-m", model, "-ngl", "99", "-p", "2048", "-n", "64", "-d", "0,32768", "-r", "3", "-o", "json"], capture_output=True, text=True,
-                          timeout=90)
+                          timeout=seconds)
     if done.returncode:
         raise RuntimeError(f"llama-bench ended with {done.returncode}: {done.stderr.strip()[-200:]}")
     return [{k: test.get(k) for k in ("model_type", "model_size", "n_prompt", "n_gen", "n_depth", "avg_ts")} for test in json.loads(done.stdout)]
@@ -169,6 +170,15 @@ def show(row: dict) -> None:
           f"{100 * row['share_of_copy']:>9.0f} %{prefill}", flush=True)
 
 
+def is_broken(clock: Clock) -> bool:
+    """Whether an error has left the device's context unusable, as a kernel's own errors do, for as long as this process lives."""
+    try:
+        clock.wait()
+    except RuntimeError:
+        return True
+    return False
+
+
 def failure(error: BaseException) -> str:
     """One line."""
     return f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
@@ -181,10 +191,13 @@ def main() -> None:
     arguments.add_argument("--json", type=Path, required=True)
     arguments.add_argument("--steps", type=Path, help="a file of lines that the JSON file repeats")
     arguments.add_argument("--seconds", type=float, default=300.0)
+    arguments.add_argument("--after", type=int, default=0, help=argparse.SUPPRESS)      # cases that the JSON file has already
     options = arguments.parse_args()
     deadline = time.monotonic() + options.seconds
     size, clock = SIZES[options.device], Clock(options.device)
     found: dict[str, Any] = {"device": "the emulator: no figure here is a GPU's", "rows": [], "peers": {}, "left_out": []}
+    if options.after:
+        found = json.loads(options.json.read_text(encoding="utf-8"))
     if options.device == "cuda":
         device = require().devices[0]
         found |= {"device": device.name, "arch": device.arch, "memory_bytes": device.memory_bytes}
@@ -193,15 +206,27 @@ def main() -> None:
         found["steps"] = options.steps.read_text(encoding="utf-8").splitlines()
 
     def save() -> None:
+        found["targets"] = verdicts(found)
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
-    bandwidth = found["copy_bytes_per_second"] = copy_bandwidth(clock, size.copy_bytes)
-    save()
-    print(f"{found['device']}, copy {bandwidth / 1e9:.0f} GB/s; medians of {size.rounds} rounds of {size.steps} tokens\n")
-    print(f"{'shape':<12}{'w':<6}{'kv':<5}{'depth':>7}{'ms/token':>10}{'tokens/s':>10}{'of copy':>11}{'prefill t/s':>12}")
+    def go_on(after: int) -> None:
+        """In a new process, with what is left of the time."""
+        save()
+        left = deadline - time.monotonic()
+        os.execv(sys.executable, [sys.executable, __file__, "--device", options.device, "--json", str(options.json), "--seconds", f"{left:.0f}",
+                                  "--after", str(after)])
+
+    if not options.after:
+        found["copy_bytes_per_second"] = copy_bandwidth(clock, size.copy_bytes)
+        save()
+        print(f"{found['device']}, copy {found['copy_bytes_per_second'] / 1e9:.0f} GB/s; medians of {size.rounds} rounds of {size.steps} tokens\n")
+        print(f"{'shape':<12}{'w':<6}{'kv':<5}{'depth':>7}{'ms/token':>10}{'tokens/s':>10}{'of copy':>11}{'prefill t/s':>12}", flush=True)
+    bandwidth = found["copy_bytes_per_second"]
     with tempfile.TemporaryDirectory() as folder:
         last = deadline - size.reserve
-        for name, weights, kvs, depths in size.cases:
+        for number, (name, weights, kvs, depths) in enumerate(size.cases):
+            if number < options.after:
+                continue
             if time.monotonic() > last:
                 found["left_out"].append(f"{name} {weights}")
                 continue
@@ -215,17 +240,21 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - one case that does not run takes nothing from the others
                 found["left_out"].append(f"{name} {weights}: {failure(error)}")
                 print(found["left_out"][-1], flush=True)
+                if is_broken(clock):             # nor does one that breaks the device's context
+                    go_on(number + 1)
         products, whole = size.peers
-        peers: dict[str, Callable[[], object]] = {
-            f"bare products, prefill tokens/s, {products}": lambda: size.chunk / products_seconds(clock, products, size.chunk),
-            f"torch SDPA, ms of all layers at {size.peer_depth}, {products}": lambda: sdpa_ms(clock, products, size.peer_depth),
-            f"torch SDPA, ms of all layers at {size.peer_depth}, {whole}": lambda: sdpa_ms(clock, whole, size.peer_depth),
-            f"transformers, static cache, ms/token, {whole}": lambda: transformers_ms(clock, whole, Path(folder), False),
-            "llama.cpp": llama_cpp,
-            f"transformers, static cache, compiled, ms/token, {whole}": lambda: transformers_ms(clock, whole, Path(folder), True) if clock.torch == "cuda" else None}
+        # What each may take on a GPU, its imports and compilers included: it is not begun where less time is left, so that all is told in time.
+        peers: dict[str, tuple[float, Callable[[], object]]] = {
+            f"bare products, prefill tokens/s, {products}": (5, lambda: size.chunk / products_seconds(clock, products, size.chunk)),
+            f"torch SDPA, ms of all layers at {size.peer_depth}, {products}": (5, lambda: sdpa_ms(clock, products, size.peer_depth)),
+            f"torch SDPA, ms of all layers at {size.peer_depth}, {whole}": (5, lambda: sdpa_ms(clock, whole, size.peer_depth)),
+            f"transformers, static cache, ms/token, {whole}": (30, lambda: transformers_ms(clock, whole, Path(folder), False)),
+            "llama.cpp": (20, lambda: llama_cpp(deadline - time.monotonic())),
+            f"transformers, static cache, compiled, ms/token, {whole}":
+                (100, lambda: transformers_ms(clock, whole, Path(folder), True) if clock.torch == "cuda" else None)}
         print()
-        for what, measured in peers.items():
-            if time.monotonic() > deadline:
+        for what, (seconds, measured) in peers.items():
+            if clock.torch == "cuda" and time.monotonic() + seconds > deadline:
                 found["left_out"].append(what)
                 continue
             try:
@@ -236,7 +265,6 @@ def main() -> None:
             print(f"{what}: {found['peers'][what]}", flush=True)
     if found["left_out"]:
         print("left out: " + "; ".join(found["left_out"]))
-    found["targets"] = verdicts(found)
     save()
     print("\ntargets\n" + "\n".join(f"{t['what']:<64}{t['measured']:>9}  wanted {t['wanted']:<10}{t['verdict']}" for t in found["targets"]))
     if not found["rows"]:
