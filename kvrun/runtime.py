@@ -47,7 +47,7 @@ class _Background:
 
 def choose_device(device: str, notify: Callable[[str], None]) -> str:
     """auto | cpu | cuda | reference | simt -> the executor to use. Raises KvrunError where what was named cannot be had;
-    `auto` is cuda where there is a device, and says so, or why there is none for the driver that there is; without native kernels it is the
+    `auto` is cuda where there is a device, and says so, or why it cannot be used; without native kernels it is the
     reference executor, said aloud."""
     if device == "cuda":
         from kvrun.backends.cuda import require
@@ -66,7 +66,7 @@ def choose_device(device: str, notify: Callable[[str], None]) -> str:
         from kvrun.backends.cuda import probe, why_not
 
         status = probe()
-        if status.driver is None:
+        if status.absent:
             return "cpu"
         reason = why_not(status)
         notify(f"the GPU is not used: {reason}" if reason else f"using the GPU, {status.devices[0].name}")

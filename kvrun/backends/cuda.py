@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kvrun.backends.cuda_device import Device
 
 LIBRARY = Path(__file__).with_name("libkvrun_cuda.so")
+_OLDEST = 8.0
+"""The compute capability that the kernels' instructions need."""
+_NO_DEVICE = "no CUDA-capable device is detected"
+"""What the CUDA runtime says where there is a driver and no device, or none that CUDA_VISIBLE_DEVICES leaves."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class CudaStatus:
     targets: str = ""
     """What it was built for, as kv_cuda_targets says; "" where it does not load."""
 
+    @property
+    def absent(self) -> bool:
+        """Whether there is no device that could have been used: nothing that somebody who asked for none need know."""
+        return self.driver is None or self.reason == _NO_DEVICE
+
 
 def probe(library: Path = LIBRARY, *, every: bool = False) -> CudaStatus:
     """Loads the library and asks it for the driver and the first device. Never raises: `reason` says what is missing. every: for all
@@ -67,7 +76,8 @@ def probe(library: Path = LIBRARY, *, every: bool = False) -> CudaStatus:
     driver = f"{version // 1000}.{version % 1000 // 10}"
     count = lib.kv_cuda_count()
     if not count:
-        return without(said(), True, targets, driver)
+        why = said()
+        return without(why if why == _NO_DEVICE else f"{why} (the driver speaks CUDA {driver})", True, targets, driver)
     devices, reason = [], ""
     for index in range(count if every else 1):
         info = ffi.new("kv_cuda_device *")
@@ -98,6 +108,8 @@ def why_not(status: CudaStatus) -> str:
         return status.reason
     device = status.devices[0]
     if not device.built:
+        if float(device.arch) < _OLDEST:
+            return f"{device.name} is compute {device.arch}, and the kernels need {_OLDEST} or newer"
         return f"this build has no kernels for {device.name} (compute {device.arch}); reinstall kvrun on this machine"
     try:
         import torch

@@ -1,5 +1,6 @@
 """The CUDA library on a machine as it is: it loads without a driver, and what is missing is said in one line."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,7 +85,7 @@ int32_t kv_abi(void) { return KV_ABI; }
 const char *kv_cuda_targets(void) { return "90"; }
 const char *kv_cuda_error(void) { return said; }
 int32_t kv_cuda_driver(void) { return 13000; }
-int32_t kv_cuda_count(void) { return COUNT; }
+int32_t kv_cuda_count(void) { said = "SAID"; return COUNT; }
 int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
     said = device ? "" : "device 0: busy";
     strcpy(out->name, "Fancy 9000");
@@ -95,29 +96,31 @@ int32_t kv_cuda_describe(int32_t device, kv_cuda_device *out) {
 """
 
 
-@pytest.fixture(params=[2, 0])
+@pytest.fixture(params=[(2, "", "device 0: busy"), (0, "too old", "too old (the driver speaks CUDA 13.0)"),
+                        (0, *2 * ("no CUDA-capable device is detected",))], ids=["busy", "too old", "none"])
 def refusing(request, tmp_path, cxx):
-    """A probe() of it, and of one whose driver has no device."""
+    """A probe() of it, or of one whose driver shows no device; and its reason."""
+    count, said, reason = request.param
     source, library = tmp_path / "refusing.cpp", tmp_path / "refusing.so"
-    source.write_text(TWO_DEVICES.replace("COUNT", str(request.param)).replace('said = ""', 'said = "none"'), encoding="utf-8")
+    source.write_text(TWO_DEVICES.replace("COUNT", str(count)).replace("SAID", said), encoding="utf-8")
     subprocess.run([cxx, "-shared", "-fPIC", f"-I{KERNELS}", str(source), "-o", str(library)], check=True)
-    return lambda every=False: probe(library, every=every)
+    return lambda every=False: probe(library, every=every), reason
 
 
 def test_the_first_device_is_used_or_none(refusing, monkeypatch):
-    """Another one never takes its place; that it cannot be used is said, also where nobody asked for it."""
-    status = refusing()
-    reason = status.reason
-    assert reason in ("device 0: busy", "none") and status.devices == () and status.driver == "13.0" and why_not(status) == reason
-    every = refusing(every=True)
-    assert every.reason == reason and [device.index for device in every.devices] == ([1] if "busy" in reason else []) and why_not(every) == reason
+    """Another one never takes its place. That it cannot be used is said, also where nobody asked for it; that there is none is not."""
+    ask, reason = refusing
+    status, every = ask(), ask(every=True)
+    assert status.reason == every.reason == why_not(status) == why_not(every) == reason
+    assert status.devices == () and status.driver == "13.0" and [device.index for device in every.devices] == ([1] if "busy" in reason else [])
     monkeypatch.setattr(cuda, "probe", lambda: status)
-    for ask in (require, cuda.free_memory):
-        with pytest.raises(UsageError, match=reason) as refusal:
-            ask()
+    for refused in (require, cuda.free_memory):
+        with pytest.raises(UsageError, match=re.escape(reason)) as refusal:
+            refused()
         assert refusal.value.exit_code == 2 and "\n" not in str(refusal.value)
     told = []
-    assert choose_device("auto", told.append) == "cpu" and told == [f"the GPU is not used: {reason}"]
+    assert choose_device("auto", told.append) == "cpu"
+    assert told == ([] if "detected" in reason else [f"the GPU is not used: {reason}"])
 
 
 def test_without_a_device_it_is_refused_with_exit_code_2():
@@ -130,6 +133,8 @@ def test_without_a_device_it_is_refused_with_exit_code_2():
 
 def test_each_reason_is_told(built):
     """A device without code in this build; a torch that cannot use it."""
+    old = CudaDevice("Fancy 100", "7.5", 40, False, 2**34, 2**33)
+    assert why_not(replace(built, devices=(old,), reason="")) == "Fancy 100 is compute 7.5, and the kernels need 8.0 or newer"
     device = CudaDevice("Fancy 9000", "12.7", 100, False, 2**34, 2**33)
     assert "no kernels for Fancy 9000 (compute 12.7)" in why_not(replace(built, devices=(device,), reason=""))
     torch = pytest.importorskip("torch")
@@ -175,7 +180,8 @@ def test_what_torch_says_of_a_gpu_is_one_line():
 
 
 @pytest.mark.parametrize("kind,said,code", [
-    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.", 6), ("AcceleratorError", "CUDA error: out of memory\nSearch for more.", 6),
+    ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.", 6),
+    ("AcceleratorError", "CUDA error: out of memory\nSearch for more.", 6),
     ("RuntimeError", "CUDA error: an illegal memory access was encountered\nSearch for more.", 1)])
 def test_what_torch_raises_gets_its_exit_code(kind, said, code):
     """As torch words it, whichever part of it found no memory."""
