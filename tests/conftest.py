@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +21,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # An example may take as long as a busy machine makes it.
 settings.register_profile("kvrun", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvrun")
+
+
+@functools.cache
+def _status():
+    from kvrun.backends.cuda import probe
+
+    return probe()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_cpu_unless_told(request) -> Iterator[None]:
+    """Commands and engines that are given no device take the CPU also on a machine with a GPU: what most tests say is of the CPU. Those of
+    tests/cuda and tests/engine see the GPU."""
+    if request.path.parent.name in ("cuda", "engine") or not _status().devices:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")                 # of processes that tests start; this one has asked the driver already
+        hidden = replace(_status(), devices=(), reason="no CUDA-capable device is detected")
+        patch.setattr("kvrun.backends.cuda.probe", lambda *args, **settings: hidden)
+        yield
 
 
 @pytest.fixture
