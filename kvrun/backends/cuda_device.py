@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvrun.backends.native import ffi
-from kvrun.errors import KvrunError
+from kvrun.errors import KvrunError, OutOfMemoryError
 
 
 class Memory(Protocol):
@@ -67,9 +67,10 @@ class Device(Protocol):
 
 
 def check(lib: Any, status: int) -> None:
-    """KvrunError with the library's own words for what it refused."""
+    """KvrunError with the library's own words for what it refused; OutOfMemoryError where it found no memory, as to load a kernel."""
     if status:
-        raise KvrunError(f"the CUDA kernels failed: {ffi.string(lib.kv_cuda_error()).decode()}")
+        said = ffi.string(lib.kv_cuda_error()).decode()
+        raise (OutOfMemoryError if said.endswith("out of memory") else KvrunError)(f"the CUDA kernels failed: {said}")
 
 
 def copy(device: Device, to: int, source: int, n_bytes: int) -> None:

@@ -197,3 +197,16 @@ def test_what_torch_raises_gets_its_exit_code(kind, said, code):
     with pytest.raises(KvrunError) as refusal:
         fails()
     assert refusal.value.exit_code == code and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("said,code", [("op 3 (linear): out of memory", 6), ("op 3 (linear): invalid argument", 1)])
+def test_what_a_launch_says_gets_its_exit_code(said, code):
+    from types import SimpleNamespace
+
+    from kvrun.backends._abi import ffi
+    from kvrun.backends.cuda_device import check
+
+    text = ffi.new("char[]", said.encode())
+    with pytest.raises(KvrunError, match=re.escape(said)) as refusal:
+        check(SimpleNamespace(kv_cuda_error=lambda: text), 4)
+    assert refusal.value.exit_code == code
