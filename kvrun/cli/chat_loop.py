@@ -235,13 +235,15 @@ class Chat:
         """Renders an answer. Returns its end, its text and its token ids."""
         from kvrun.cli.answer import AnswerView
         from kvrun.cli.interrupts import interrupts
-        from kvrun.cli.report import eviction_line
-        from kvrun.engine.events import Eviction, Notice, Prefill, Stop, Token
+        from kvrun.cli.report import Drops
+        from kvrun.engine.events import Notice, Prefill, Stop, Token
 
         view = AnswerView(self.console, self.engine.text, prompt, self.think)
+        drops = Drops(self.console.notice)
         ids: list[int] = []
         with interrupts(self.engine, stay=self.on_terminal):
             for event in events:
+                drops.event(event)
                 if isinstance(event, Token):
                     ids.append(event.id)
                     view.push(event.text)
@@ -251,8 +253,6 @@ class Chat:
                     self.console.progress("reading", event.done, event.total, unit="tokens")
                 elif isinstance(event, Notice):
                     self.console.notice(event.text)
-                elif isinstance(event, Eviction):
-                    self.console.notice(eviction_line(event))
                 elif isinstance(event, Stop):
                     end = event
         view.end(end.text)

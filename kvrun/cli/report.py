@@ -8,14 +8,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvrun.cache.formats import kv_name
+from kvrun.engine.events import Eviction, Prefill
 from kvrun.terminal.sanitize import json_safe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvrun.backends.batch import Sampler
     from kvrun.engine import Engine
-    from kvrun.engine.events import Eviction, Stop, Token, TokenLogprob
+    from kvrun.engine.events import Event, Stop, Token, TokenLogprob
     from kvrun.hub.files import ModelFiles
 
 
@@ -31,11 +32,33 @@ def stats_line(engine: Engine, sampler: Sampler, end: Stop) -> str:
             f" · ctx {engine.held}/{engine.n_ctx}{evicted}{reread} · kv {kv_name(engine.executor.kv)} · {engine.executor.name}{seed} · {end.reason}")
 
 
-def eviction_line(event: Eviction) -> str:
-    """What was dropped, and why."""
-    where = ", ".join(f"{first}-{end - 1}" for first, end in event.positions[:4]) + (", ..." if len(event.positions) > 4 else "")
-    why = {"n_ctx": "context full", "n_positions": "trained length reached"}[event.reason]
-    return f"{why}: dropped {event.tokens} tokens, positions {where}"
+class Drops:
+    """Says what is dropped from a full context: in one line for as long as a prompt is read, at once while an answer comes."""
+
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+        self._waiting: list[Eviction] = []
+
+    def event(self, event: Event) -> None:
+        """Takes every event of a generation."""
+        if self._waiting and not (isinstance(event, Prefill) or isinstance(event, Eviction) and event.reason == self._waiting[0].reason):
+            self._notify(_eviction_line(self._waiting))
+            self._waiting = []
+        if isinstance(event, Eviction):
+            self._waiting.append(event)
+
+
+def _eviction_line(events: Sequence[Eviction]) -> str:
+    """What was dropped for the same reason, and why."""
+    spans: list[list[int]] = []
+    for first, end in sorted(span for event in events for span in event.positions):
+        if spans and first == spans[-1][1]:
+            spans[-1][1] = end
+        else:
+            spans.append([first, end])
+    where = ", ".join(f"{first}-{end - 1}" for first, end in spans[:4]) + (", ..." if len(spans) > 4 else "")
+    why = {"n_ctx": "context full", "n_positions": "trained length reached"}[events[0].reason]
+    return f"{why}: dropped {sum(event.tokens for event in events)} tokens, positions {where}"
 
 
 def answer_json(files: ModelFiles, engine: Engine, sampler: Sampler, tokens: Sequence[Token], end: Stop, parts: dict[str, Any]) -> str:

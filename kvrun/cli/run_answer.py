@@ -111,11 +111,11 @@ class Runner:
         first = True
         with interrupts(self.engine):
             for event in events:
+                output.event(event)
                 if isinstance(event, Stop):
                     return event
                 if isinstance(event, Prefill):
                     self.console.progress("reading the prompt", event.done, event.total, unit="tokens")
-                output.event(event)
                 if first and isinstance(event, Token) and cache is not None:
                     cache.keep()
                     first = False

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvrun.cli.answer import AnswerView
-from kvrun.cli.report import answer_json, as_json, eviction_line, summary
+from kvrun.cli.report import Drops, answer_json, as_json, summary
 from kvrun.engine.events import Event, Eviction, Notice, Prefill, Stop, Token
 from kvrun.errors import KvrunError
 from kvrun.text.reasoning import Reasoning
@@ -26,16 +26,16 @@ class Output:
         self.runner = runner
         self.console = runner.console
         self.tokens: list[Token] = []
+        self._drops = Drops(self.console.notice)
 
     def event(self, event: Event) -> None:
-        """Takes one event of the generation, but for the Stop."""
+        """Takes one event of the generation."""
+        self._drops.event(event)
         if isinstance(event, Token):
             self.tokens.append(event)
             self.token(event)
         elif isinstance(event, Notice):
             self.console.notice(event.text)
-        elif isinstance(event, Eviction):
-            self.console.notice(eviction_line(event))
 
     def token(self, token: Token) -> None:
         """Takes one token."""

@@ -44,6 +44,17 @@ def test_what_cannot_be(kvrun, scripted, args, message):
         assert re.search(message.encode(), result.stderr), result.stderr
 
 
+def test_what_a_long_prompt_drops_is_one_line(kvrun, chat, random_folder):
+    args = (random_folder, "-n", "512", "--overflow", "evict", "--max-tokens", "3")
+    result = kvrun("run", *args, "--json", "word " * 1500)
+    said = json.loads(result.stdout)
+    assert len(said["evictions"]) > 3 and result.stderr.count(b"\n") == 1 and dropped_on_stderr(result.stderr) == said["evicted_tokens"]
+    first, last = (pick(p for e in said["evictions"] for span in e["positions"] for p in span) for pick in (min, max))
+    assert f"positions {first}-{last - 1}\n".encode() in result.stderr
+    shown = chat(*args).ask("word " * 1500, "dropped")
+    assert shown.count("context full: dropped ") == 1
+
+
 @pytest.fixture(scope="session")
 def short_range(tmp_path_factory):
     """Counts lines for ever; trained for 512 positions."""
