@@ -39,7 +39,7 @@ class CompareOptions:
 def compare(
     model: opt.Model,
     file: Annotated[Path, typer.Option(
-        "-f", "--file", metavar="TEXT", show_default=False, help="UTF-8 text to compare on; - is standard input.")],
+        "-f", "--file", metavar="FILE", show_default=False, help="UTF-8 text to compare on; - is standard input.")],
     kv: Annotated[str | None, typer.Option(
         "--kv", metavar="FORMAT,...", show_default=False, help="Cache formats to compare with f16. Default: every other that this build has.")] = None,
     weights: opt.Weights = "auto",

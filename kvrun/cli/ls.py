@@ -62,7 +62,7 @@ def _ls(options: LsOptions, console: Console) -> None:
         console.out(as_json(rows))
         return
     if not cells:
-        console.notice("no models on this machine yet; `kvrun pull NAME` fetches one, `kvrun ls --aliases` lists names")
+        console.notice("no models on this machine yet; 'kvrun pull NAME' fetches one, 'kvrun ls --aliases' lists names")
         return
     for line in table(header, cells):
         console.row(line)

@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from kvrun import __version__
+from kvrun.cli.foreign import check_clusters, meant
+from kvrun.cli.options import Command
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams, termination
 
@@ -36,7 +38,7 @@ def command_line(names: Iterable[str] = _COMMANDS) -> typer.Typer:
         if isinstance(command, typer.Typer):
             app.add_typer(command)
         else:
-            app.command(name, short_help=_COMMANDS[name])(command)
+            app.command(name, cls=Command, short_help=_COMMANDS[name])(command)
     return app
 
 
@@ -62,12 +64,6 @@ def kvrun(version: Annotated[bool, typer.Option(
     9 input or output, 129/130/141/143 SIGHUP/SIGINT/SIGPIPE/SIGTERM.
     """
 
-
-_ELSEWHERE = {
-    **dict.fromkeys(("-c", "--ctx-size", "--num-ctx"), "n_ctx"), **dict.fromkeys(("--predict", "--n-predict", "--num-predict"), "max_tokens"),
-    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), "kv"), **dict.fromkeys(("-m", "--model"), "model"), "-t": "threads",
-    **dict.fromkeys(("-p", "--prompt"), "prompt"), **dict.fromkeys(("--n-gpu-layers", "--gpu-layers"), "device"), "--system-prompt": "system"}
-"""Options of other tools -> the parameter that is meant."""
 
 _ClickException = typer.BadParameter.__base__.__base__
 """click's base of every error of the command line; typer carries click under different names in its versions."""
@@ -102,6 +98,8 @@ def _dispatch(args: list[str]) -> int:
     if not args:  # nothing to do, but somebody who may want to know what there is
         console().out(command.get_help(command.context_class(command, info_name="kvrun", **command.context_settings)) + "\n")
         return UsageError.exit_code
+    if args[0] in named and not hasattr(leaf := command.commands[args[0]], "commands"):
+        check_clusters(list(args[1:]), leaf)
     with command.make_context("kvrun", list(args)) as context:
         return command.invoke(context) or 0
 
@@ -151,14 +149,4 @@ def _fail_usage(error: Exception) -> int:
         console().out(error.format_message() + "\n")
         return UsageError.exit_code
     hint = f" (see '{context.command_path} --help')" if context is not None else ""
-    return _fail((_meant(error) or error.format_message()) + hint, error.exit_code)
-
-
-def _meant(error: Exception) -> str:
-    """What an option of another tool is called here, where the command has it; else empty."""
-    option, command = getattr(error, "option_name", None), getattr(getattr(error, "ctx", None), "command", None)
-    for parameter in command.params if option in _ELSEWHERE and command is not None else ():
-        if parameter.name == _ELSEWHERE[option]:
-            here = "/".join(parameter.opts) if parameter.param_type_name == "option" else f"{parameter.metavar}, with no option before it"
-            return f"No such option: {option}; here it is {here}"
-    return ""
+    return _fail((meant(error) or error.format_message()) + hint, error.exit_code)

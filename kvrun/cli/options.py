@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from kvrun.errors import StorageError, UsageError, show
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from kvrun.engine import Engine
     from kvrun.hub.files import ModelFiles
     from kvrun.terminal import Console
+
+class Command(typer.core.TyperCommand):
+    """A command whose usage names arguments as its help does, without the braces that typer 0.28 puts around those that are required."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return [piece.removeprefix("{").removesuffix("}") for piece in super().collect_usage_pieces(ctx)]
+
 
 Device = Literal["auto", "cpu", "cuda", "reference"]
 

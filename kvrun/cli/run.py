@@ -45,7 +45,7 @@ def run(
     prompt: Annotated[str | None, typer.Argument(
         metavar="PROMPT", show_default=False, help="The prompt; text piped into standard input goes before it. - is standard input alone.")] = None,
     file: Annotated[list[Path] | None, typer.Option(
-        "-f", "--file", metavar="FILE", show_default=False, help="A file to put before the prompt. May be given more than once.")] = None,
+        "-f", "--file", metavar="FILE", show_default=False, help="A file to put before the prompt; - is standard input. May be given more than once.")] = None,
     system: opt.System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, tokens, usage, timing.")] = False,

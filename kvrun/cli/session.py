@@ -26,8 +26,8 @@ Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocom
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@session.command("ls")
-def list_(json: Json = False) -> None:
+@session.command("ls", cls=opt.Command)
+def list_(json: Json = False, color: opt.Color = "auto", verbose: opt.Verbose = False) -> None:
     """List the sessions, the one used last first.
 
     \b
@@ -37,21 +37,26 @@ def list_(json: Json = False) -> None:
       kvrun session ls --json | jq -r '.[].name'
     """
     from kvrun.cache.session import SessionStore
+    from kvrun.cli.ls import table
     from kvrun.terminal import human_bytes
 
-    console = opt.configure_console(opt.OutputOptions())
+    console = opt.configure_console(opt.OutputOptions(color=color, verbose=verbose))
     infos = list(SessionStore())
     if json:
         from kvrun.cli.report import as_json
 
         console.out(as_json([_described(info) for info in infos]))
         return
-    width = max((len(info.name) for info in infos), default=0)
+    if not infos:
+        console.notice("no sessions on this machine yet; 'kvrun chat' begins one")
+        return
+    rows = []
     for info in infos:
         facts = _described(info)
-        turns = f"{facts['turns']:>3} {'turn ' if facts['turns'] == 1 else 'turns'}"
-        what = "damaged" if info.damaged else f"{turns} {facts['tokens']:>6} tok  {facts['model']}{'' if facts['cache'] else ', text only'}"
-        console.row(f"{info.name:<{width}}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(info.used))} {human_bytes(info.n_bytes):>8} {what}")
+        what = ("", "", "damaged") if info.damaged else (str(facts["turns"]), str(facts["tokens"]), facts["model"] + ("" if facts["cache"] else ", text only"))
+        rows.append((info.name, time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used)), human_bytes(info.n_bytes), *what))
+    for line in table(("NAME", "LAST USED", "SIZE", "TURNS", "TOKENS", "MODEL"), rows):
+        console.row(line)
 
 
 def _described(info) -> dict[str, Any]:
@@ -61,8 +66,8 @@ def _described(info) -> dict[str, Any]:
             "turns": len(document.get("turns", ())), "tokens": len(document.get("tokens", ())), "cache": bool(document.get("marks"))}
 
 
-@session.command()
-def show(name: Name, json: Json = False) -> None:
+@session.command(cls=opt.Command)
+def show(name: Name, json: Json = False, color: opt.Color = "auto", verbose: opt.Verbose = False) -> None:
     """Show one session: its model, its size, its turns.
 
     \b
@@ -74,7 +79,7 @@ def show(name: Name, json: Json = False) -> None:
     from kvrun.cache.session import SessionStore, read_document
     from kvrun.terminal import human_bytes
 
-    console = opt.configure_console(opt.OutputOptions())
+    console = opt.configure_console(opt.OutputOptions(color=color, verbose=verbose))
     store = SessionStore()
     info = store.info(name)
     read_document(store.root / name)  # a damaged one is an error here
@@ -98,8 +103,11 @@ def messages(document: dict[str, Any]) -> list[dict[str, str]]:
     return head + [{"role": role, "content": turn[role]} for turn in document["turns"] for role in ("user", "assistant")]
 
 
-@session.command()
-def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False, autocompletion=opt.complete_session, help="Sessions to remove.")]) -> None:
+@session.command(cls=opt.Command)
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False, autocompletion=opt.complete_session, help="Sessions to remove.")],
+    color: opt.Color = "auto", verbose: opt.Verbose = False,
+) -> None:
     """Remove sessions, conversation and cache.
 
     \b
@@ -109,20 +117,22 @@ def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", show_defaul
       kvrun session rm old-1 old-2 && kvrun session ls
     """
     from kvrun.cache.session import SessionStore
+    from kvrun.terminal import human_bytes
 
-    opt.configure_console(opt.OutputOptions())
+    console = opt.configure_console(opt.OutputOptions(color=color, verbose=verbose))
     store = SessionStore()
-    for name in names:
-        store.info(name)
-    for name in names:
-        store.remove(name)
+    infos = [store.info(name) for name in dict.fromkeys(names)]
+    for info in infos:
+        store.remove(info.name)
+        console.line(f"removed session {info.name} ({human_bytes(info.n_bytes)})")
 
 
-@session.command()
+@session.command(cls=opt.Command)
 def export(
     name: Name,
     format: Annotated[Literal["markdown", "json"], typer.Option("--format", help="markdown to read, json for programs.")] = "markdown",
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="Where to. Default: standard output.")] = None,
+    color: opt.Color = "auto", verbose: opt.Verbose = False,
 ) -> None:
     """Write a session's conversation out.
 
@@ -135,7 +145,7 @@ def export(
     from kvrun.cache.session import SessionStore, read_document
     from kvrun.cli.report import as_json
 
-    console = opt.configure_console(opt.OutputOptions())
+    console = opt.configure_console(opt.OutputOptions(color=color, verbose=verbose))
     store = SessionStore()
     store.info(name)
     document = read_document(store.root / name)

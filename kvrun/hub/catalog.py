@@ -55,6 +55,9 @@ class Alias:
     sampling: dict = field(default_factory=dict)
 
 
+_LINK = re.compile(r"(https?://)?(hf\.co|huggingface\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(/.*)?")
+
+
 @dataclass(frozen=True)
 class Catalog:
     """aliases: by name. default: the one that a command without MODEL takes."""
@@ -67,7 +70,9 @@ class Catalog:
         from difflib import get_close_matches
 
         near = get_close_matches(name.lower(), self.aliases, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(self.aliases))}"
+        hint = f"did you mean {' or '.join(near)}?" if near else "'kvrun ls --aliases' lists the aliases"
+        if link := _LINK.fullmatch(name):
+            hint = f"write {link['repo']}"
         return NotFoundError(f"{name}: no alias, folder, org/name or .gguf file of that name; {hint}")
 
 

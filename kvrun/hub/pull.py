@@ -22,7 +22,7 @@ def pull(model: str, *, revision: str | None = None, progress: Progress | None =
     the package, else the Hub. Errors: NotFoundError, AccessError, ModelError, StorageError, UsageError."""
     where = locate(model, revision)
     if isinstance(where, Path):
-        raise UsageError(f"{model}: is on this machine already; `kvrun verify` checks it")
+        raise UsageError(f"{model}: is on this machine already; 'kvrun verify' checks it")
     if remote.offline_by_environment():
         raise NotFoundError(f"{model}: cannot be fetched while HF_HUB_OFFLINE is set")
     if isinstance(where, tuple):

@@ -100,7 +100,7 @@ def _alias(alias: Alias, revision: str | None, offline: bool, progress: Progress
     if alias.repo and remote.cached_snapshot(alias.repo, wanted):
         return _hub(alias.repo, None, wanted, True, progress, alias.name, settings)
     if package and (offline or remote.offline_by_environment()):
-        raise NotFoundError(f"{alias.name}: not on this machine, and offline; run `kvrun pull {alias.name}` online first")
+        raise NotFoundError(f"{alias.name}: not on this machine (looked for offline); 'kvrun pull {alias.name}' fetches it")
     if not package:
         if not alias.repo:
             raise UsageError(f"{alias.name}: has no repo, so no revision {revision}")
@@ -155,4 +155,4 @@ def _refuse_offline(offline: bool, name: str, repair: str) -> None:
     from kvrun.hub.remote import offline_by_environment
 
     if offline or offline_by_environment():
-        raise NotFoundError(f"{name}: not on this machine, and offline; run `{repair}` online first")
+        raise NotFoundError(f"{name}: not on this machine (looked for offline); '{repair}' fetches it")

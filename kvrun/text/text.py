@@ -76,7 +76,7 @@ class Text:
     def _chat_template(self, tools):
         from kvrun.text.template import ChatTemplate, choose
         if not self._tokenizer.templates:
-            raise ModelError(f"{self._where}: the model has no chat template; use `kvrun run --raw` or --template-file")
+            raise ModelError(f"{self._where}: the model has no chat template; use 'kvrun run --raw' or --template-file")
         source = choose(self._tokenizer.templates, tools, self._where)
         if self._template is None or self._template.source != source:
             self._template = ChatTemplate(source, self._where)

@@ -225,7 +225,7 @@ class GgufFile:
             metadata[key] = self._value(key)
         self.metadata: Mapping = metadata
         if isinstance(n := metadata.get("split.count"), int) and n > 1:
-            raise ModelError(f"{self.path}: one of {n} parts; join them with `llama-gguf-split --merge` first")
+            raise ModelError(f"{self.path}: one of {n} parts; join them with 'llama-gguf-split --merge' first")
         align = metadata.get("general.alignment", 32)
         if not isinstance(align, int) or align <= 0 or align % 8:
             raise self.fail(f"damaged: general.alignment is {show(align)}")

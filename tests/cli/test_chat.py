@@ -64,13 +64,15 @@ def test_sessions_are_listed_shown_exported_and_removed(environment, state, scri
     def run(*args, input=b""):
         return subprocess.run([*KVRUN, *map(str, args)], input=input, capture_output=True, env=environment | state, timeout=60)
 
-    assert run("session", "ls").stdout == b"" and json.loads(run("session", "ls", "--json").stdout) == []
+    nothing = run("session", "ls")
+    assert nothing.stdout == b"" and b"no sessions on this machine yet" in nothing.stderr and json.loads(run("session", "ls", "--json").stdout) == []
     nothing = run("chat", "-c", input=b"hi\n")
     assert nothing.returncode == 3 and b"no session to continue" in nothing.stderr
     assert run("chat", scripted, "--session", "a/b", input=b"hi\n").returncode == 2
     run("chat", scripted, "--session", "work", "-s", "be brief", input="hi\n/save copy\nhöher\n".encode())
     assert [row["name"] for row in json.loads(run("session", "ls", "--json").stdout)] == ["copy", "work"]
-    assert b" 2 turns" in run("session", "ls").stdout
+    listed = [line.split() for line in run("session", "ls").stdout.decode().splitlines()]
+    assert listed[0] == ["NAME", "LAST", "USED", "SIZE", "TURNS", "TOKENS", "MODEL"] and [(row[0], row[5]) for row in listed[1:]] == [("copy", "2"), ("work", "1")]
     shown = run("session", "show", "copy")
     assert shown.returncode == 0 and b"   2  h\xc3\xb6her" in shown.stdout and b"system   be brief" in shown.stdout
     exported = json.loads(run("session", "export", "work", "--format", "json").stdout)
@@ -78,8 +80,9 @@ def test_sessions_are_listed_shown_exported_and_removed(environment, state, scri
                                     {"role": "assistant", "content": "Größe,\nWelt"}]
     assert run("session", "export", "copy", "-o", tmp_path / "copy.md").stdout == b""
     assert "\n## User\n\nhöher\n\n## Assistant\n\nGröße,\nWelt\n" in (tmp_path / "copy.md").read_text("utf-8")
-    assert run("session", "show", "absent").returncode == 3
-    assert run("session", "rm", "work", "copy").returncode == 0
+    assert run("session", "show", "absent").returncode == 3 and run("session", "show", "absent", "-v").stderr.startswith(b"Traceback")
+    removed = run("session", "rm", "work", "copy", "work")
+    assert removed.returncode == 0 and [line.split()[2] for line in removed.stdout.splitlines()] == [b"work", b"copy"]
     assert run("session", "ls").stdout == b""
 
 
@@ -110,8 +113,8 @@ def test_the_size_limit_is_kept_aloud(environment, state, scripted):
     run("chat", scripted, "--session", "old")
     said = run("chat", scripted, "--session", "new", "--session-limit", "0").stderr
     assert b"the cache of session old, used longest ago, was removed; its conversation stays" in said
-    listed = run("session", "ls").stdout.decode().splitlines()
-    assert [line.endswith("text only") for line in listed] == [False, True] and all(" 1 turn " in line for line in listed)
+    listed = run("session", "ls").stdout.decode().splitlines()[1:]
+    assert [line.endswith("text only") for line in listed] == [False, True] and all(line.split()[5] == "1" for line in listed)
     again = run("chat", scripted, "--session", "old")
     assert again.returncode == 0 and b"is no longer on disk: its conversation is read again" in again.stderr
 

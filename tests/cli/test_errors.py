@@ -40,8 +40,23 @@ def test_an_option_of_another_tool(kvrun):
     """It is named as it is here, where the command has it."""
     check(kvrun("run", "-m", "x"), 2, "-m; here it is MODEL", "kvrun run --help")
     check(kvrun("run", "x", "y", "--ctx-size", "64"), 2, "--ctx-size; here it is -n/--n-ctx")
-    for args in (("bench", "x", "--ctx-size", "64"), ("-m", "x")):
+    check(kvrun("run", "x", "y", "-ngl", "99"), 2, "-ngl; here it is --device", "kvrun run --help")
+    check(kvrun("run", "-hf", "org/name"), 2, "-hf; here it is MODEL")
+    check(kvrun("chat", "x", "-ctk", "q8_0"), 2, "-ctk; here it is --kv")
+    check(kvrun("chat", "x", "-fa", "on"), 2, "No such option: -fa (see 'kvrun chat --help')")
+    check(kvrun("run", "x", "y", "--max-new-tokens", "5"), 2, "here it is --max-tokens")
+    for args in (("bench", "x", "--ctx-size", "64"), ("-m", "x"), ("ls", "-ngl")):
         assert b"here it is" not in kvrun(*args).stderr
+
+
+def test_an_option_of_another_tool_may_be_a_text(kvrun, scripted):
+    for args in (("-s", "-fa", "x"), ("--", "-ngl")):
+        assert kvrun("run", scripted, *args).returncode == 0
+
+
+def test_an_argument_too_many(kvrun):
+    check(kvrun("run", "x", "why", "is", "the", "sky", "blue"), 2, "(is the sky blue): a prompt of several words stands in quotes")
+    check(kvrun("chat", "x", "-c", "4096"), 2, "(4096): MODEL stands alone; the context's size is -n/--n-ctx")
 
 
 def test_no_arguments_show_the_help(kvrun):
@@ -87,6 +102,9 @@ def test_a_full_context_names_what_helps(kvrun, tmp_path):
 def test_a_model_that_is_not_there(kvrun, tmp_path):
     check(kvrun("run", "smolm2-135m", "x"), 3, "smollm2-135m")
     check(kvrun("run", tmp_path / "absent.gguf", "x"), 3, "absent.gguf")
+    check(kvrun("run", "xyzzy", "x"), 3, "'kvrun ls --aliases' lists the aliases")
+    for link in ("hf.co/org/name", "https://huggingface.co/org/name/tree/main"):
+        check(kvrun("run", link, "x"), 3, "write org/name")
 
 
 def test_a_name_with_escapes_is_shown_not_executed(kvrun):
