@@ -2,6 +2,7 @@
 #pragma once
 #include "number.cuh"
 #include "ops.h"
+#include <atomic>
 
 namespace kv {
 
@@ -39,6 +40,27 @@ inline bool overlaps(const void *kernel) {
     }
     return known[device] == 2;
 }
+
+// More shared memory than 48 KB is to be asked for, once for a kernel and device. What was allowed is never lowered, because a captured
+// launch may need the larger one; and a launch like one before asks the runtime nothing, which a capture might refuse.
+inline cudaError_t allow_shared(const void *kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return cudaSuccess;
+    static struct { const void *kernel; int device; size_t bytes; } allowed[64];
+    static std::atomic_flag busy = ATOMIC_FLAG_INIT;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    while (busy.test_and_set(std::memory_order_acquire)) {}
+    int i = 0;
+    while (i < 63 && allowed[i].kernel && (allowed[i].kernel != kernel || allowed[i].device != device)) i++;
+    if (allowed[i].kernel != kernel || allowed[i].device != device) allowed[i] = {kernel, device, 0};  // the last place serves all that find none
+    if (allowed[i].bytes < bytes) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        if (error == cudaSuccess) allowed[i].bytes = bytes;
+    }
+    busy.clear(std::memory_order_release);
+    return error;
+}
 #endif
 
 // Reports what the launch itself can tell: cudaSuccess does not mean that the kernel has run.
@@ -52,10 +74,8 @@ cudaError_t launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, size
     const uint64_t threads = (uint64_t)grid.x * grid.y * grid.z * block.x * block.y * block.z;
     return error == cudaSuccess && simt::begun != threads ? cudaErrorInvalidValue : error;
 #else
-    if (shared_bytes > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
-        if (error != cudaSuccess) return error;
-    }
+    const cudaError_t error = allow_shared((const void *)kernel, shared_bytes);
+    if (error != cudaSuccess) return error;
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
