@@ -9,7 +9,7 @@ import numpy as np
 
 from kvrun.backends._abi import ffi
 
-from ..kernels.plans import GIVEN, pointer
+from ..kernels.plans import GIVEN, Step
 
 
 class Mirror:
@@ -71,48 +71,30 @@ class CudaMachine:
         self.lib, self._rng, self._mirror = lib, rng, mirror
         self.appended = 0
 
-    def run(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), prefill=False, out_row=(), sampler=None, token=None,
-            max_pages: int | None = None, status: int = 0) -> list[int]:
+    def run(self, ops: list[tuple[str, dict]], *, prefill=False, sampler=None, status: int = 0, **given) -> list[int]:
         """As Machine.run."""
-        rows, out = len(pos), len(out_row)
-        plan = ffi.new("kv_op[]", len(ops))
-        for op, (kind, fields) in zip(plan, ops, strict=True):
-            op.kind, op.layer = getattr(self.lib, f"KV_OP_{kind.upper()}"), -1
-            setattr(op, kind, fields)
-        keep = {name: np.ascontiguousarray(values, dtype=np.int32) for name, values in
-                {"token": token if token is not None else [0] * rows, "pos": pos, "seq": seq if seq is not None else [0] * rows,
-                 "out_row": list(out_row) or [0], "next": [-7] * max(out, 1)}.items()}
-        n_seqs = len(tables[0]) if tables else int(keep["seq"].max()) + 1
-        c_tables = ffi.new("kv_table[]", max(1, len(tables) * n_seqs))
-        arrays = []
-        for c_table, (pages, bases, *side) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
-            arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
-            if len(pages):
-                c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
-            c_table.side = side[0] if side else 0
-        if max_pages is None:
-            max_pages = max((len(table[0]) for group in tables for table in group), default=0)
+        step = Step(ops, **given)
         more = self._rng.integers(0, 2, 4).tolist()
-        bounds = ffi.new("kv_cuda_bounds *", {"max_rows": rows + more[0], "max_out": out + more[1], "max_pages": max_pages + more[2],
-                                              "max_seqs": n_seqs + more[3] * (n_seqs > 1), "prefill": prefill})
-        size = self.lib.kv_cuda_scratch(plan, len(plan), bounds)
+        bounds = ffi.new("kv_cuda_bounds *", {"max_rows": step.rows + more[0], "max_out": step.out + more[1], "max_pages": step.max_pages + more[2],
+                                              "max_seqs": step.n_seqs + more[3] * (step.n_seqs > 1), "prefill": prefill})
+        size = self.lib.kv_cuda_scratch(step.plan, len(ops), bounds)
         assert size > 0 and size % 256 == 0, ffi.string(self.lib.kv_cuda_error())
         room = np.full(size + 256, 0xFF, dtype=np.uint8)
         mirror = self._mirror()
-        for op in plan:
-            mirror.translate(getattr(op, next(k for k, _ in ops if op.kind == getattr(self.lib, f"KV_OP_{k.upper()}"))))
-        there = {n: ffi.cast("int32_t *", mirror.address(a)) for n, a in keep.items()}
-        state = ffi.new("kv_state[1]", [{"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
-                                         "table": ffi.cast("kv_table *", mirror.structs(c_tables)), "appended": self.appended,
-                                         "sampler": ffi.cast("kv_sampler *", self._samplers(mirror, sampler, out)), **there}])
+        for op, (kind, _) in zip(step.plan, ops, strict=True):
+            mirror.translate(getattr(op, kind))
+        there = {name: ffi.cast("int32_t *", mirror.address(ids)) for name, ids in step.ids.items()}
+        state = ffi.new("kv_state[1]", [{**step.counts, "prefill": prefill, "appended": self.appended, **there,
+                                         "table": ffi.cast("kv_table *", mirror.structs(step.tables)),
+                                         "sampler": ffi.cast("kv_sampler *", self._samplers(mirror, sampler, step.out))}])
         at = mirror.address(np.frombuffer(ffi.buffer(state), np.uint8))
-        got = self.lib.kv_cuda_step(plan, len(plan), bounds, ffi.cast("kv_state *", at), ffi.cast("void *", mirror.address(room)), 0)
+        got = self.lib.kv_cuda_step(step.plan, len(ops), bounds, ffi.cast("kv_state *", at), ffi.cast("void *", mirror.address(room)), 0)
         assert got == 0, ffi.string(self.lib.kv_cuda_error())
         mirror.back()
         assert (room[size:] == 0xFF).all(), "wrote past its scratch"
         assert state[0].status == status
         self.appended = state[0].appended
-        return [int(i) for i in keep["next"][:out]]
+        return step.next()
 
     @staticmethod
     def _samplers(mirror: Mirror, given: object, n: int) -> int:

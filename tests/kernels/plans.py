@@ -106,6 +106,36 @@ class Cache:
                 "k_dtype": DTYPES[self.k_dtype], "v_dtype": DTYPES[self.v_dtype], "group": self.group}
 
 
+class Step:
+    """One step as C structs over arrays that it keeps: (kind, fields) ops for rows at positions `pos`.
+    tables[group][sequence] = (pages, bases[, side]). ids: the state's arrays by name."""
+
+    def __init__(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), out_row=(), token=None, max_pages: int | None = None) -> None:
+        self.rows, self.out = len(pos), len(out_row)
+        self.plan = ffi.new("kv_op[]", len(ops))
+        for op, (kind, fields) in zip(self.plan, ops, strict=True):
+            op.kind, op.layer = getattr(lib, f"KV_OP_{kind.upper()}"), -1
+            setattr(op, kind, fields)
+        self.ids = {name: np.ascontiguousarray(values, dtype=np.int32) for name, values in
+                    {"token": token if token is not None else [0] * self.rows, "pos": pos, "seq": seq if seq is not None else [0] * self.rows,
+                     "out_row": list(out_row) or [0], "next": [-7] * max(self.out, 1)}.items()}
+        self.n_seqs = len(tables[0]) if tables else int(self.ids["seq"].max()) + 1
+        self.tables = ffi.new("kv_table[]", max(1, len(tables) * self.n_seqs))
+        self._arrays = []
+        given = [table for group in tables for table in group]
+        for c_table, (pages, bases, *side) in zip(self.tables, given, strict=bool(tables)):
+            self._arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
+            if len(pages):
+                c_table.page, c_table.base = (pointer(array, "int32_t *") for array in self._arrays[-2:])
+            c_table.n_pages, c_table.side = len(pages), side[0] if side else 0
+        self.max_pages = max((len(table[0]) for table in given), default=0) if max_pages is None else max_pages
+        self.counts = {"n_rows": self.rows, "n_out": self.out, "n_seqs": self.n_seqs, "n_groups": len(tables)}
+
+    def next(self) -> list[int]:
+        """What was drawn."""
+        return [int(i) for i in self.ids["next"][: self.out]]
+
+
 class Machine:
     """A kv_cpu. Scratch is exactly what kv_cpu_scratch says, poisoned, with a guard behind it."""
 
@@ -124,37 +154,19 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, ops: list[tuple[str, dict]], *, pos, seq=None, tables=(), prefill=False, out_row=(), sampler=None, token=None,
-            max_pages: int | None = None, status: int = lib.KV_OK) -> list[int]:
-        """Runs (kind, fields) ops for rows at positions `pos`. tables[group][sequence] = (pages, bases[, side]).
-        Returns next."""
-        rows, out = len(pos), len(out_row)
-        plan = ffi.new("kv_op[]", len(ops))
-        for op, (kind, fields) in zip(plan, ops, strict=True):
-            op.kind, op.layer = getattr(lib, f"KV_OP_{kind.upper()}"), -1
-            setattr(op, kind, fields)
-        keep = {name: np.ascontiguousarray(values, dtype=np.int32) for name, values in
-                {"token": token if token is not None else [0] * rows, "pos": pos, "seq": seq if seq is not None else [0] * rows,
-                 "out_row": list(out_row) or [0], "next": [-7] * max(out, 1)}.items()}
-        n_seqs = len(tables[0]) if tables else int(keep["seq"].max()) + 1
-        c_tables = ffi.new("kv_table[]", max(1, len(tables) * n_seqs))
-        arrays = []
-        for c_table, (pages, bases, *side) in zip(c_tables, (table for group in tables for table in group), strict=bool(tables)):
-            arrays += [np.array(pages, dtype=np.int32), np.array(bases, dtype=np.int32)]
-            c_table.page, c_table.base, c_table.n_pages = pointer(arrays[-2], "int32_t *"), pointer(arrays[-1], "int32_t *"), len(pages)
-            c_table.side = side[0] if side else 0
-        if max_pages is None:
-            max_pages = max((len(table[0]) for group in tables for table in group), default=0)
-        state = ffi.new("kv_state *", {"n_rows": rows, "n_out": out, "n_seqs": n_seqs, "n_groups": len(tables), "prefill": prefill,
-                                       "status": 99, "table": c_tables, "sampler": ffi.NULL if sampler is None else sampler,
-                                       "appended": self.appended, **{n: pointer(a, "int32_t *") for n, a in keep.items()}})
-        size = lib.kv_cpu_scratch(plan, len(plan), rows, max_pages, self.threads, ISAS[self.isa])
+    def run(self, ops: list[tuple[str, dict]], *, prefill=False, sampler=None, status: int = lib.KV_OK, **given) -> list[int]:
+        """Runs a Step of `ops` and `given`. Returns next."""
+        step = Step(ops, **given)
+        state = ffi.new("kv_state *", {**step.counts, "prefill": prefill, "status": 99, "table": step.tables, "appended": self.appended,
+                                       "sampler": ffi.NULL if sampler is None else sampler,
+                                       **{name: pointer(ids, "int32_t *") for name, ids in step.ids.items()}})
+        size = lib.kv_cpu_scratch(step.plan, len(ops), step.rows, step.max_pages, self.threads, ISAS[self.isa])
         assert size > 0 and size % 64 == 0
         room = np.full(size // 4 + 48, np.nan, dtype=np.float32)
         start = (-room.ctypes.data % 64) // 4
-        got = lib.kv_cpu_step(self.cpu, plan, len(plan), state, pointer(room[start:], "void *"))
+        got = lib.kv_cpu_step(self.cpu, step.plan, len(ops), state, pointer(room[start:], "void *"))
         assert np.isnan(room[start + size // 4 :]).all(), "wrote past its scratch"
         assert np.isnan(room[:start]).all(), "wrote before its scratch"
         assert got == status == state.status
         self.appended = state.appended
-        return [int(i) for i in keep["next"][:out]]
+        return step.next()
