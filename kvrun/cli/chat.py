@@ -178,7 +178,7 @@ def _open_chat(options: ChatOptions, console: Console, store: SessionStore, sess
         with termination.at_once():
             chat.start(system)
         if console.stderr_is_terminal:
-            console.notice(f"{files.name}, {engine.n_ctx} tokens of context; /help lists the commands, Ctrl-D leaves")
+            console.notice(f"{files.name}, {engine.n_ctx} tokens of context; /help for commands, Ctrl-D leaves")
         return chat
     except BaseException:
         engine.close()

@@ -1,14 +1,14 @@
 """Draws the README's picture: a chat with a real model on a real pseudo-terminal, its last screen as SVG.
 
-    python tests/cli/picture.py .github/chat.svg
+    python tests/cli/picture.py [.github/chat.svg]
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
-import sys
 import tempfile
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 from terminal import Screen  # beside this file
 
+TARGET = Path(__file__).parents[2] / ".github/chat.svg"
 COLUMNS, ROWS = 92, 22
 STOP = "\x03"
 CHAT = [("What is the capital of France?", 0), ("And of Italy?", 0), ("Tell me a story about a dragon.", 10), ("/undo", 0), ("/context", 0)]
@@ -78,7 +79,9 @@ def styled(screen: Screen) -> Text:
 
 
 def main() -> None:
-    (target,) = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", type=Path, nargs="?", default=TARGET, help="the file to write; default: %(default)s")
+    target = parser.parse_args().target
     with tempfile.TemporaryDirectory() as folder:
         screen = record(folder)
         console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
