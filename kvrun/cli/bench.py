@@ -96,7 +96,7 @@ def _bench(options: BenchOptions, console: Console) -> None:
     device = choose_device(wanted.device, console.notice)
     files = opt.resolve_model(wanted, console, weights=not (options.random or Path(wanted.model).is_dir()))
     with Blueprint(files, Shape(device, wanted.threads, weights=wanted.weights)) as blueprint:
-        depths = _reached(options.depths, blueprint.spec.n_positions, files.name, console)
+        depths = _reached(options.depths, blueprint.spec.n_positions, files.name)
         speed = read_bandwidth(blueprint.threads) if device == "cpu" else None
         random = options.random or files.kind == "config"
         about = {"model": files.name, "device": device, "threads": blueprint.threads, "random_weights": random,
@@ -115,12 +115,9 @@ def _bench(options: BenchOptions, console: Console) -> None:
     console.clear_progress()
 
 
-def _reached(depths: tuple[int, ...] | None, trained: int, name: str, console: Console) -> tuple[int, ...]:
+def _reached(depths: tuple[int, ...] | None, trained: int, name: str) -> tuple[int, ...]:
     """The depths to measure: those asked for, or the default ones as far as the model was trained for."""
     if depths is None:
-        beyond = [d for d in DEFAULT_DEPTHS if d > trained]
-        if beyond:
-            console.notice(f"{name} was trained for {trained} positions; depth {beyond[0]} and more is left out")
         return tuple(d for d in DEFAULT_DEPTHS if d <= trained)
     if max(depths) > trained:
         raise UsageError(f"--depth {max(depths)}: {name} was trained for {trained} positions; use at most that")
@@ -133,8 +130,8 @@ def _show(about: dict[str, Any], measured: Iterator[list[Speed]], no_cache: bool
     threads, memory = about["threads"], about["read_bytes_per_second"]
     reading = "" if memory is None else f", memory read at {memory / 1e9:.1f} GB/s"
     random = "random " if about["random_weights"] else ""
-    console.line(f"{about['model']} on {about['device']}, {threads} thread{'s' * (threads > 1)}: {random}weights of "
-                 f"{human_bytes(about['weights_bytes'])}{reading}; medians of {about['repeat']}")
+    console.prose(f"{about['model']} on {about['device']}, {threads} thread{'s' * (threads > 1)}: {random}weights of "
+                  f"{human_bytes(about['weights_bytes'])}{reading}; medians of {about['repeat']}")
     console.line("")
     console.line(_HEAD + (f"{'no cache ms':>13}{'saved':>9}" if no_cache else ""))
     for at_depth in measured:

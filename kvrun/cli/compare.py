@@ -59,7 +59,7 @@ def compare(
 
     The text is cut into windows of N tokens, each read from an empty cache; what is left at the end is not used. The
     second half of every window is compared, token by token: KL divergence in nats (mean, median, 99th percentile,
-    largest), how often the likeliest token is the same, and the ratio of perplexities. ms/token is decoding at the
+    largest), how often the likeliest token is the same, and the ratio of perplexities. ms/tok is decoding at the
     end of a window.
 
     \b
@@ -107,8 +107,10 @@ def _compare(options: CompareOptions, console: Console) -> None:
 
         console.out(as_json(report))
         return
-    for line in lines(report):
-        console.line(line)
+    about, *rows = lines(report)
+    console.prose(about)
+    for row in rows:
+        console.line(row)
 
 
 def _name(file: Path) -> str:
@@ -154,10 +156,10 @@ def lines(report: dict[str, Any]) -> list[str]:
     left = f", {report['unused_tokens']} tokens left over" if report["unused_tokens"] else ""
     out = [f"{report['model']} on {report['device']}: {windows} window{'s' * (windows > 1)} of {report['n_ctx']} tokens{left}; "
            f"the second half of each compared, {report['compared']} tokens", "",
-           f"{'kv':<10}{'KLD mean':>10}{'median':>10}{'99 %':>10}{'max':>10}{'top-1':>9}{'PPL ratio':>11}{'bytes/token':>13}{'ms/token':>10}",
-           f"{base['kv']:<10}{'':>40}{'':>9}{'':>11}{base['bytes_per_token']:>13.0f}{base['ms_per_token']:>10.2f}"]
+           f"{'kv':<6}{'KLD mean':>9}{'median':>9}{'99 %':>9}{'max':>9}{'top-1':>9}{'PPL ratio':>11}{'B/token':>9}{'ms/tok':>8}",
+           f"{base['kv']:<6}{'':>56}{base['bytes_per_token']:>9.0f}{base['ms_per_token']:>8.2f}"]
     for row in report["rows"]:
-        divergences = "".join(f"{row[key]:>10.5f}" for key in ("kld_mean", "kld_median", "kld_p99", "kld_max"))
-        out.append(f"{row['kv']:<10}{divergences}{100 * row['top1']:>7.2f} %{row['ppl_ratio']:>11.4f}"
-                   f"{row['bytes_per_token']:>13.0f}{row['ms_per_token']:>10.2f}")
-    return [*out, "", f"Perplexity with {base['kv']}: {base['ppl']:.3f}. ms/token: one decode step behind {report['n_ctx'] - _BACK} tokens."]
+        divergences = "".join(f"{row[key]:>9.5f}" for key in ("kld_mean", "kld_median", "kld_p99", "kld_max"))
+        out.append(f"{row['kv']:<6}{divergences}{100 * row['top1']:>7.2f} %{row['ppl_ratio']:>11.4f}"
+                   f"{row['bytes_per_token']:>9.0f}{row['ms_per_token']:>8.2f}")
+    return [*out, "", f"Perplexity with {base['kv']}: {base['ppl']:.3f}. ms/tok: one decode step behind {report['n_ctx'] - _BACK} tokens."]

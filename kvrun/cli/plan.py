@@ -71,8 +71,10 @@ def _plan(options: PlanOptions, console: Console) -> None:
 
         console.out(as_json(report))
         return
-    for line in lines(report):
-        console.line(line)
+    about, *rows = lines(report)
+    console.prose(about)
+    for row in rows:
+        console.line(row)
 
 
 def survey(blueprint: Blueprint, wanted: int | str | None, kv: str, headroom: float) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def lines(report: dict[str, Any]) -> list[str]:
            f"  weights    {human_bytes(report['weights_bytes']):>10}"]
     for g in report["groups"]:
         seen = f"a window of {g['window']}" if g["window"] else "full attention"
-        out.append(f"  cache      {human_bytes(g['cache_bytes']):>10}   {g['layers']} layers of {seen}: {g['pages']} pages, "
+        out.append(f"  cache      {human_bytes(g['cache_bytes']):>10}   {g['layers']} layer{'s' * (g['layers'] > 1)} of {seen}: {g['pages']} pages, "
                    f"{human_bytes(g['bytes_per_token'])} a token")
     if len(report["groups"]) > 1:
         out.append(f"  all cache  {human_bytes(report['cache_bytes']):>10}   {human_bytes(report['bytes_per_token'])} a token")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvrun.errors import StorageError, UsageError
-from kvrun.terminal import streams
+from kvrun.terminal import console, streams
 
 _STDIN = Path("-")
 
@@ -58,13 +59,20 @@ def _argument_text(argument: str) -> str:
 
 
 def read_stdin() -> str:
-    """Standard input as UTF-8 text, without a byte order mark. Raises UsageError when it is none, or without end."""
+    """Standard input as UTF-8 text, without a byte order mark. Raises UsageError when it is none, or without end. While nothing comes the
+    terminal says what is waited for: it may be a pipe that nobody will close."""
     data = bytearray()
     try:
-        while len(data) <= streams.MOST_TEXT and (chunk := os.read(streams.STDIN, 1 << 16)):
+        while len(data) <= streams.MOST_TEXT:
+            while not select.select([streams.STDIN], [], [], 1)[0]:
+                console().progress("waiting for standard input to end", len(data), None, unit="B")
+            if not (chunk := os.read(streams.STDIN, 1 << 16)):
+                break
             data += chunk
     except OSError:  # closed: as if it were empty
         return ""
+    finally:
+        console().clear_progress()
     return _decode(_bounded(data, "standard input"), "standard input")
 
 

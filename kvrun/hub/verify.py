@@ -85,7 +85,7 @@ def _scan(files: ModelFiles, progress: Progress | None) -> None:
                     raise ModelError(f"{files.path}: tensor {name!r} holds NaN or Inf; {files.repair}")
                 done += prod(rows.shape) * 2
                 if progress:
-                    progress("scanning weights (16-bit size)", done, total)
+                    progress("scanning weights", done, total)
     finally:
         source.close()
 

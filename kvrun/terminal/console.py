@@ -102,6 +102,10 @@ class Console:
         """One line of a command's own report; foreign text in it is made visible on a terminal."""
         self.out((visible(text) if self.stdout_is_terminal else text) + "\n")
 
+    def prose(self, text: str) -> None:
+        """As `line`, for a sentence: broken between words where a terminal would break it amid one."""
+        self.line(self._fitted(text, stream=streams.STDOUT))
+
     def row(self, text: str) -> None:
         """One row of a table, cut at the edge of a terminal: rows that run over it are hard to read. Elsewhere it is whole."""
         text, columns = visible(text) if self.stdout_is_terminal else text, streams.columns(streams.STDOUT)
@@ -163,9 +167,10 @@ class Console:
         """A traceback, for -v."""
         self._message(visible(text).rstrip("\n"))
 
-    def _fitted(self, text: str, indent: int = 0) -> str:
+    def _fitted(self, text: str, indent: int = 0, stream: int = streams.STDERR) -> str:
         """One line, broken between words where a terminal would break it amid one. Elsewhere it stays one line, and a long path stays whole."""
-        if not self.stderr_is_terminal or len(text) <= (columns := streams.columns(streams.STDERR)):
+        on_terminal = self.stderr_is_terminal if stream == streams.STDERR else self.stdout_is_terminal
+        if not on_terminal or len(text) <= (columns := streams.columns(stream)):
             return text
         import textwrap
 

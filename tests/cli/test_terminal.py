@@ -32,6 +32,17 @@ def test_lines_of_ours_break_between_words(terminal, scripted):
     assert "folder, org/name or .gguf file of that name;\n'kvrun ls" in refused.display
 
 
+def test_figures_stand_in_the_columns_of_a_terminal(terminal, scripted, tmp_path):
+    """80 of them; sentences break between words."""
+    (tmp_path / "text").write_text("word " * 200)
+    for command in (("bench", "--repeat", "1", "--depth", "0"), ("compare", "-f", tmp_path / "text", "-n", "512"), ("plan",)):
+        screens = [terminal(command[0], scripted, *command[1:], columns=columns, rows=60) for columns in (80, 300)]
+        assert [screen.end() for screen in screens] == [0, 0]
+        narrow, wide = ([line for line in screen.display.split("\n") if line.strip()] for screen in screens)
+        words = [re.sub(r"[\d.]+", "0", " ".join(display)).split()[:12] for display in (narrow, wide)]
+        assert max(map(len, wide[1:])) <= 80 and words[0] == words[1]
+
+
 def test_a_row_of_a_table_ends_at_the_edge(terminal):
     narrow, wide = (terminal("ls", "--aliases", columns=columns, rows=60) for columns in (60, 300))
     assert (narrow.end(), wide.end()) == (0, 0)

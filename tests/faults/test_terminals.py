@@ -179,6 +179,12 @@ def test_row_17_a_reader_that_leaves_ends_it_silently_with_141(environment, endl
     assert code == b"141" and result.stderr == b"" and first.startswith(b'{"event"' if form == "--jsonl" else b"line 100")
 
 
+def test_row_18_a_pipe_that_nobody_closes_is_named(environment, scripted, tmp_path):
+    screen = Screen(["bash", "-c", f"(echo some; sleep 2; touch {tmp_path}/closed) | {' '.join(KVRUN)} run {scripted} x"], environment)
+    screen.wait_for("waiting for standard input to end: 5 B")
+    assert screen.end() == 0 and "waiting" not in screen.display and (tmp_path / "closed").exists()
+
+
 def test_row_18_no_prompt_is_never_a_conversation(kvrun, scripted):
     check(kvrun("run", scripted), 2, "prompt is empty")
     check(kvrun("run", scripted, ""), 2, "prompt is empty")
