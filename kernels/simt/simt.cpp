@@ -22,7 +22,7 @@ Place place;
 uint64_t begun = 0;
 static uint64_t launches = 0;
 
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 128 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxShared = 96 * 1024;         // dynamic, beside 3 KiB of static memory, where a block has least: compute 8.6, 8.9, 12.0
 
@@ -97,11 +97,15 @@ static void to_scheduler(Fiber &self) { swapcontext(&self.context, &block.schedu
 static void to_fiber(Fiber &fiber) { swapcontext(&block.scheduler, &fiber.context); }
 #endif
 
+void leave() {
+    block.fibers[block.current].wait = Wait::finished;
+    to_scheduler(block.fibers[block.current]);                // and never comes back
+    __builtin_unreachable();
+}
+
 static void fiber_main() {
     (*block.thread)();
-    Fiber &self = block.fibers[block.current];
-    self.wait = Wait::finished;
-    to_scheduler(self);           // and never comes back
+    leave();
 }
 
 static void make_ready(Fiber &fiber) {

@@ -50,6 +50,7 @@ extern uint64_t begun;                           // threads that came to begin_k
 // cudaErrorLaunchTimeout: all threads of a block wait, and none can go on.
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &thread);
 inline cudaError_t launch(dim3 grid, dim3 block, const std::function<void()> &thread) { return launch(grid, block, 0, thread); }
+[[noreturn]] void leave();                       // ends the thread
 void *dynamic_shared();
 void block_barrier();
 void warp_barrier(uint32_t mask);                // waits for the lanes of mask: diverged halves of a warp do not mix

@@ -1,4 +1,4 @@
-"""Devices for the CUDA sources: the emulator everywhere, a GPU where there is one."""
+"""Devices for the CUDA sources: the emulator everywhere, what nvcc makes of them where it is at hand, a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from . import translated
 from .device_memory import Device
 from .emulator import build
 from .machine import CudaMachine, Mirror
@@ -37,10 +38,32 @@ def simt_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return Path(built) if built else build(request.getfixturevalue("cxx"), tmp_path_factory.mktemp("simt"))
 
 
+@pytest.fixture(scope="session")
+def ptx_build(cxx: str, tmp_path_factory: pytest.TempPathFactory) -> translated.Build:
+    """libkvrun_cuda with its PTX translated to the host, built."""
+    nvcc = translated.compiler()
+    if not nvcc:
+        pytest.skip("no nvcc")
+    made = translated.Build(nvcc, cxx, tmp_path_factory.mktemp("ptx"))
+    made.whole()
+    return made
+
+
 def _kinds() -> list[str]:
     from kvrun.backends.cuda import probe
 
     return ["simt", "gpu"] if probe().devices else ["simt"]
+
+
+def _kinds_with_ptx() -> list[str]:
+    return [*_kinds(), *(["ptx"] if translated.compiler() else [])]
+
+
+def _device(request: pytest.FixtureRequest) -> Device:
+    """Of the kind that the test's parameter names."""
+    if request.param == "gpu":
+        return Device(_gpu_library(), gpu=True)
+    return Device(request.getfixturevalue("simt_library") if request.param == "simt" else request.getfixturevalue("ptx_build").library, gpu=False)
 
 
 def _gpu_library() -> Path:
@@ -53,21 +76,19 @@ def _gpu_library() -> Path:
     return probe().path
 
 
-@pytest.fixture(params=_kinds())
+@pytest.fixture(params=_kinds_with_ptx())
 def device(request: pytest.FixtureRequest) -> Device:
     """Where the kernels run, with memory of its own."""
-    if request.param == "simt":
-        return Device(request.getfixturevalue("simt_library"), gpu=False)
-    return Device(_gpu_library(), gpu=True)
+    return _device(request)
 
 
-@pytest.fixture(params=_kinds())
+@pytest.fixture(params=_kinds_with_ptx())
 def machine(request: pytest.FixtureRequest, rng: np.random.Generator) -> CudaMachine:
-    """Where the kernels run. The emulator's threads and blocks take turns in an order drawn anew."""
+    """Where the kernels run. On the host threads and blocks take turns in an order drawn anew."""
     from kvrun.backends._abi import ffi
 
-    memory = Device(request.getfixturevalue("simt_library"), gpu=False) if request.param == "simt" else Device(_gpu_library(), gpu=True)
-    if request.param == "simt":
+    memory = _device(request)
+    if request.param != "gpu":
         set_order(memory.path, int(rng.choice([0, 1, rng.integers(2, 2**31)])))
     return CudaMachine(ffi.dlopen(str(memory.path)), rng, lambda: Mirror(memory.fresh().put, memory.bytes))
 
