@@ -51,9 +51,13 @@ class OutOfMemoryError(KvrunError):
 
 
 class ContextFullError(KvrunError):
-    """The prompt or the conversation does not fit into n_ctx."""
+    """The prompt or the conversation does not fit into n_ctx. what: the message without its advice."""
 
     exit_code = 7
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}; {advice}" if advice else what)
+        self.what = what
 
 
 class NumericError(KvrunError):

@@ -189,7 +189,7 @@ class Chat:
             yield
         except ContextFullError as error:
             self._full = True
-            self.console.report(f"context full: {error}; {_MENDS}")
+            self.console.report(f"context full: {error.what}; {_MENDS}")
         except TemplateError as error:
             self.console.error(str(error))
         except KeyboardInterrupt:  # while the message was encoded

@@ -17,6 +17,17 @@ _PARAMETERS = {
     **dict.fromkeys(("-cnv", "-fa", "-fit", "-st", "-ub", "-tb", "-sysf"), "")}
 
 
+def is_model(word: str) -> bool:
+    """Whether the first word of a command line names a model, as with `ollama run` left out or llama.cpp's file alone."""
+    if word.startswith("-"):
+        return False
+    if "/" in word or word.endswith(".gguf"):
+        return True
+    from kvrun.hub.catalog import load_catalog
+
+    return word in load_catalog().aliases
+
+
 def check_clusters(args: list[str], command: Any) -> None:
     """UsageError for an option with one dash and several letters, which would be read as several options: -ngl as -n gl, -hf as -h."""
     valued = {name for parameter in command.params if not getattr(parameter, "is_flag", True) for name in parameter.opts}

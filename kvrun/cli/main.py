@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kvrun import __version__
-from kvrun.cli.foreign import check_clusters, meant
+from kvrun.cli.foreign import check_clusters, is_model, meant
 from kvrun.cli.options import Command
 from kvrun.errors import KvrunError, UsageError
 from kvrun.terminal import console, streams, termination
@@ -91,6 +91,8 @@ def _dispatch(args: list[str]) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
     named = args[:1] if args and args[0] in _COMMANDS else _COMMANDS   # setting up all of them takes 25 ms
+    if args and args[0] not in _COMMANDS and is_model(args[0]):
+        raise UsageError(f"{args[0]} is a model, and no command: 'kvrun chat {args[0]}' is a conversation, 'kvrun run {args[0]} PROMPT' one answer")
     command = typer.main.get_command(command_line(named))
     if "_KVRUN_COMPLETE" in os.environ:  # asked by the shell, in the words of its completion script
         command.main(args, prog_name="kvrun", standalone_mode=False)

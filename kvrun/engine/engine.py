@@ -76,7 +76,7 @@ class Engine(Held):
         if len(ids) > self.n_ctx and not self.sequence.evicts:
             larger = f", use a larger --n-ctx (at most {self.spec.n_positions})," if self.n_ctx < self.spec.n_positions else ""
             raise ContextFullError(f"the prompt has {len(ids)} tokens and the context holds {self.n_ctx}"
-                                   f"{'' if larger else ', all that the model was trained for'}; shorten the prompt{larger} or use --overflow evict")
+                                   + ("" if larger else ", all that the model was trained for"), f"shorten the prompt{larger} or use --overflow evict")
         if max_tokens is not None and max_tokens < 0:
             raise UsageError(f"--max-tokens {max_tokens}: must not be negative")
         if not 0 <= logprobs <= self.spec.vocab_size:

@@ -59,6 +59,11 @@ def test_an_argument_too_many(kvrun):
     check(kvrun("chat", "x", "-c", "4096"), 2, "(4096): MODEL stands alone; the context's size is -n/--n-ctx")
 
 
+def test_a_model_is_no_command(kvrun):
+    for model in ("smollm2-135m", "org/name", "x.gguf"):
+        check(kvrun(model, "hi"), 2, f"{model} is a model", f"'kvrun chat {model}'", f"'kvrun run {model} PROMPT'")
+
+
 def test_no_arguments_show_the_help(kvrun):
     result = kvrun()
     assert result.returncode == 2 and b"Commands:" in result.stdout and b"-h, --help" in result.stdout and result.stderr == b""

@@ -81,6 +81,7 @@ def test_row_21_a_chat_that_fills_its_context_says_so_and_goes_on(terminal, kvru
     screen.wait_prompt()
     screen.ask("go", "context full: the answer was cut at 64 tokens")
     shown = screen.ask("more", "and the context holds 64")
+    assert "shorten the prompt" not in shown, "the chat's own advice is enough"
     assert re.search(r"context full: the prompt has \d+ tokens", shown)
     screen.ask("/clear", "forgotten")
 
