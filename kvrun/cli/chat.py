@@ -122,13 +122,14 @@ def _chat(options: ChatOptions) -> int:
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(typed_ahead())
         session = _open_session(options, store, console) if options.save else None
+        kept = session is not None
         if session is None:
             folder = tempfile.TemporaryDirectory(prefix="kvrun-")
             cleanup.enter_context(termination.cleaned_by(folder.cleanup))
             store = SessionStore(Path(cleanup.enter_context(folder)))
             session = store.new()
         cleanup.callback(session.close)
-        return _open_chat(options, console, store, session).loop()
+        return _open_chat(options, console, store, session, kept).loop()
 
 
 def _open_session(options: ChatOptions, store: SessionStore, console: Console) -> Session | None:
@@ -156,7 +157,7 @@ def _open_session(options: ChatOptions, store: SessionStore, console: Console) -
     return session
 
 
-def _open_chat(options: ChatOptions, console: Console, store: SessionStore, session: Session) -> Chat:
+def _open_chat(options: ChatOptions, console: Console, store: SessionStore, session: Session, kept: bool) -> Chat:
     from kvrun.cli.chat_loop import Chat
     from kvrun.engine.conversation import Conversation
     from kvrun.terminal import termination
@@ -174,7 +175,7 @@ def _open_chat(options: ChatOptions, console: Console, store: SessionStore, sess
         system = options.system if options.system is not None else session.document.get("system")
         opt.set_overflow(options.overflow, engine, files, system, chat=True)
         sampler = _sampler(options, files, session)
-        chat = Chat(options, console, files, engine, Conversation(engine.text, system), sampler, store, session, model.weights)
+        chat = Chat(options, console, files, engine, Conversation(engine.text, system), sampler, store, session, kept, model.weights)
         with termination.at_once():
             chat.start(system)
         if console.stderr_is_terminal:

@@ -29,11 +29,11 @@ class Chat:
     """A conversation, its session and the terminal.
 
     sampler, max_tokens, think, stats: settings that commands change. attached: texts that go before the next message.
-    draft: what the next prompt begins with. last: the end of the last answer.
+    draft: what the next prompt begins with. last: the end of the last answer. kept: whether sessions outlive the process.
     """
 
     def __init__(self, options: ChatOptions, console: Console, files: ModelFiles, engine: Engine, conversation: Conversation,
-                 sampler: Sampler, store: SessionStore, session: Session, weights: str) -> None:
+                 sampler: Sampler, store: SessionStore, session: Session, kept: bool, weights: str) -> None:
         self.weights = weights
         self.options = options
         self.console = console
@@ -46,6 +46,7 @@ class Chat:
         self.stats = options.stats
         self.store = store
         self.session = session
+        self.kept = kept
         self.attached: list[tuple[str, str]] = []
         self.draft = ""
         self.last: Stop | None = None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvrun.terminal import termination
+from kvrun.terminal.lines import forget_typed
 
 if TYPE_CHECKING:
     from kvrun.engine import Engine
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 @contextmanager
 def interrupts(engine: Engine, *, stay: bool = False) -> Iterator[None]:
     """While inside, the first SIGINT ends the answer after the step in progress, and a second one raises
-    KeyboardInterrupt; stay: further ones do nothing. A process that ignores SIGINT goes on ignoring it. SIGTERM and SIGHUP
+    KeyboardInterrupt; stay: further ones only drop what was typed ahead. A process that ignores SIGINT goes on ignoring it. SIGTERM and SIGHUP
     end the answer in the same way."""
     def handler(signum: int, frame: object) -> None:
-        if not stay:
+        if stay:
+            forget_typed()
+        else:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         engine.interrupt()
 

@@ -42,7 +42,7 @@ def _exit(chat: Chat, argument: str) -> None:
 
 
 def _clear(chat: Chat, argument: str) -> None:
-    kept = f"; it stays in session {chat.session.name}" if chat.session.document else ""
+    kept = f"; it stays in session {chat.session.name}" if chat.session.document and chat.kept else ""
     chat.conversation.clear()
     chat.attached = []
     chat.switch(chat.store.new())
@@ -134,7 +134,13 @@ def _read(chat: Chat, argument: str) -> None:
     chat.console.report(f"{path}: {len(text.encode())} bytes, read before your next message; /clear forgets them")
 
 
+def _check_kept(chat: Chat) -> None:
+    if not chat.kept:
+        raise UsageError("this chat leaves nothing behind, and no session can be opened or saved in it; begin one without --no-save")
+
+
 def _save(chat: Chat, argument: str) -> None:
+    _check_kept(chat)
     if argument and argument != chat.session.name:
         session = chat.store.open(argument)
         if session.read():
@@ -148,6 +154,7 @@ def _save(chat: Chat, argument: str) -> None:
 
 
 def _load(chat: Chat, argument: str) -> None:
+    _check_kept(chat)
     if argument == chat.session.name:
         raise UsageError(f"session {argument} is open here")
     chat.store.info(argument)

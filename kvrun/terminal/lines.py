@@ -147,13 +147,14 @@ class PipedLines:
 @contextmanager
 def typed_ahead() -> Iterator[None]:
     """While inside, what is typed between two prompts does not appear amid an answer: it waits for the next prompt, and Enter ends
-    a message there too. Ctrl-C works as ever, and Ctrl-Z: what goes on afterwards finds the terminal as it was when it stopped."""
+    a message there too. Ctrl-C works as ever, but what was said before it is not lost on its way to the screen. Ctrl-Z, too: what goes on
+    afterwards finds the terminal as it was when it stopped."""
     if not streams.is_terminal(streams.STDIN):
         yield
         return
     before = termios.tcgetattr(streams.STDIN)
     silent = [*before]
-    silent[3] &= ~termios.ECHO
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH
     silent[0] &= ~termios.ICRNL  # or Enter would come as Ctrl-J, which begins a line
     termios.tcsetattr(streams.STDIN, termios.TCSANOW, silent)
     ignored = signal.getsignal(signal.SIGTSTP) is signal.SIG_IGN
@@ -166,6 +167,12 @@ def typed_ahead() -> Iterator[None]:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         with suppress(OSError, termios.error):  # the terminal may be gone
             termios.tcsetattr(streams.STDIN, termios.TCSANOW, before)
+
+
+def forget_typed() -> None:
+    """Drops what was typed ahead, as Ctrl-C does where the terminal is not told otherwise."""
+    with suppress(termios.error):
+        termios.tcflush(streams.STDIN, termios.TCIFLUSH)
 
 
 def _stop(signum: int, frame: object) -> None:

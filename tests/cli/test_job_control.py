@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import termios
+import time
 
 import pytest
 
@@ -56,6 +57,23 @@ def test_after_ctrl_z_amid_an_answer_the_terminal_is_the_chats_again(shell):
     _stopped(shell, 1 + shell.display.count("Stopped"))
 
 
+def test_what_was_said_before_ctrl_c_reaches_the_screen(environment, state, endless):
+    """Also where the terminal lags behind; what was typed ahead is dropped."""
+    screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000"], environment | state)
+    screen.wait_prompt()
+    screen.send("go\r")
+    screen.wait_for("line 120")
+    screen.send("typed ahead\r")
+    time.sleep(0.5)  # the answer waits for somebody to read it
+    screen.send("\x03")
+    screen.wait_prompt()
+    screen.ask("/context", "1 turn, ")
+    shown = screen.raw.decode().replace("\r\n", "\n")
+    assert last_document(state)["turns"][0]["assistant"].strip() + "\n" in shown and "typed" not in shown
+    screen.send("\x04")
+    assert screen.end() == 0
+
+
 def test_a_terminal_that_closes_amid_an_answer_leaves_it_saved(environment, state, endless):
     screen = Screen([*KVRUN, "chat", str(endless), "-n", "100000"], environment | state)
     screen.wait_prompt()
@@ -79,7 +97,9 @@ def test_a_chat_that_is_not_saved_leaves_nothing(environment, state, scripted, t
     screen = Screen(command, places)
     screen.wait_prompt()
     screen.ask("a secret", "Welt")
-    screen.send("\x1b[A\x1b[A")
+    screen.ask("/save kept", "error: this chat leaves nothing behind")
+    assert "stays in session" not in screen.ask("/clear", "the conversation is forgotten")
+    screen.send("\x1b[A\x1b[A\x1b[A\x1b[A")
     screen.wait_for("> said before")
     os.kill(screen.process.pid, signum)
     assert screen.end() == 128 + signum

@@ -252,7 +252,7 @@ def _slash(data: bytes) -> None:
     shutil.rmtree(store.root)
     engine = _forgotten()
     with _silent():
-        chat = Chat(_options(), Console(), _files(), engine, Conversation(engine.text), Sampler(), store, store.open("begun"), "auto")
+        chat = Chat(_options(), Console(), _files(), engine, Conversation(engine.text), Sampler(), store, store.open("begun"), True, "auto")
         try:
             chat.start(None)
             chat.take_turn("one")
