@@ -114,3 +114,14 @@ def test_a_chat_that_is_not_saved_leaves_nothing(environment, state, scripted, t
         process.stdin.close()
     assert not os.listdir(tmp_path / "tmp") and history.read_text() == "\n# then\n+said before\n"
     assert not (tmp_path / "state/kvrun/sessions").exists()
+
+
+def test_prompts_line_by_line_leave_nothing_when_ended(environment, scripted, tmp_path):
+    process = subprocess.Popen([*KVRUN, "run", str(scripted), "--each"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment | {"TMPDIR": str(tmp_path)})
+    process.stdin.write(b"a\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith(b'{"input": "a"') and os.listdir(tmp_path)
+    process.terminate()
+    assert process.wait(60) == 143 and not os.listdir(tmp_path)
+    process.stdin.close()
+    process.stdout.close()
