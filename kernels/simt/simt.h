@@ -58,8 +58,8 @@ uint64_t exchange(uint32_t mask, uint64_t value, unsigned lane);  // the value t
 uint32_t ballot(uint32_t mask, bool value);
 unsigned lane();
 
-// d += A B of mma.m16n8k16 with float32 accumulators. a[4], b[2]: the lane's fragments, two 16-bit numbers in each, which
-// `wide` makes a float; d[4].
+// d += A B of mma.m16n8k16 with float32 accumulators, as inexact as on tensor cores. a[4], b[2]: the lane's fragments, two 16-bit
+// numbers in each, which `wide` makes a float; d[4].
 void mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b, float (*wide)(uint16_t));
 void copy_async(void *to, const void *from, unsigned bytes);      // done when the thread waits for its group, not before
 void commit_copies();

@@ -1,4 +1,5 @@
-"""The emulator's own promises: barriers, shuffles of diverged warps, and threads that wait for each other for ever."""
+"""The emulator's own promises: barriers, shuffles of diverged warps, threads that wait for each other for ever, and products as inexact as
+tensor cores make them."""
 
 import subprocess
 
@@ -80,6 +81,21 @@ static void arrive(unsigned *counter, const int *seen, int *out) {
     *counter = 0;
 }
 
+// A warp's product of 16 x 16 and 16 x 8 halves, onto d [16][8]; fragments as in the PTX manual.
+static void product(const float *a, const float *b, float *d) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    auto two = [](float x, float y) { return (uint32_t)__half_as_ushort(__float2half_rn(x)) | (uint32_t)__half_as_ushort(__float2half_rn(y)) << 16; };
+    uint32_t left[4], right[2];
+    for (int i = 0; i < 4; i++) {
+        const float *at = a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
+        left[i] = two(at[0], at[1]);
+    }
+    for (int i = 0; i < 2; i++) right[i] = two(b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
+    float *low = d + g * 8 + 2 * t, *high = low + 64, sums[4] = {low[0], low[1], high[0], high[1]};
+    simt::mma_m16n8k16(sums, left, right, [](uint16_t bits) { return __half2float(__ushort_as_half(bits)); });
+    low[0] = sums[0], low[1] = sums[1], high[0] = sums[2], high[1] = sums[3];
+}
+
 int main() {
     std::vector<int> out(2 * 96);
     if (simt::launch(2, 96, [&] { rotate(out.data(), 5); })) return 1;
@@ -116,6 +132,21 @@ int main() {
         if (simt::launch(30, 1, [&] { arrive(&counter, seen, &out); }) || out != 30 || counter) return 11;
     }
     if (simt::launch(1, 1, 97 * 1024, stuck) != cudaErrorInvalidConfiguration) return 12;
+    float a[16 * 16], b[16 * 8], d[16 * 8];
+    for (int i = 0; i < 256; i++) a[i] = i * 7 % 31 - 15;
+    for (int i = 0; i < 128; i++) b[i] = i * 11 % 23 - 11, d[i] = i;
+    if (simt::launch(1, 32, [&] { product(a, b, d); })) return 13;
+    for (int i = 0; i < 128; i++) {                               // whole numbers are exact
+        int want = i;
+        for (int k = 0; k < 16; k++) want += (int)a[i / 8 * 16 + k] * (int)b[k * 8 + i % 8];
+        if (d[i] != want) return 14;
+    }
+    // Sixteen times 2^-24 is lost beside 1, 2^-23 is not; and what is not a number stays visible.
+    for (int i = 0; i < 256; i++) a[i] = 1 / 4096.f;
+    for (int i = 0; i < 128; i++) b[i] = (i % 8 == 1 ? 2 : i % 8 == 2 ? -1 : i % 8 == 3 ? NAN : 1) / 4096.f, d[i] = 1;
+    if (simt::launch(1, 32, [&] { product(a, b, d); })) return 15;
+    for (int i = 0; i < 128; i++)
+        if (i % 8 == 3 ? d[i] == d[i] : d[i] != (i % 8 == 1 ? 1 + 1 / 524288.f : 1.f)) return 16;
     return 0;
 }
 """
