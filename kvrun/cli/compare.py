@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvrun.cli import options as opt
-from kvrun.errors import ContextFullError, UsageError
+from kvrun.errors import UsageError
 
 if TYPE_CHECKING:
     from kvrun.blueprint import Blueprint
@@ -128,7 +128,7 @@ def cut(text: Text, words: str, window: int | None, trained: int, where: str) ->
     step = size - len(front)
     if len(ids) < step:
         advice = f" or use -n {len(front) + len(ids)}" if len(front) + len(ids) >= MIN_WINDOW else ""
-        raise ContextFullError(f"{where}: {len(ids)} tokens are too few to compare, a window needs {step}; give a longer text{advice}")
+        raise UsageError(f"{where}: {len(ids)} tokens are too few to compare, a window needs {step}; give a longer text{advice}")
     windows = [front + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
     return windows, len(ids) - len(windows) * step
 
