@@ -11,6 +11,7 @@ import typer
 from kvrun.cli import options as opt
 from kvrun.errors import UsageError
 
+_LONG = 1 << 18  # characters of a prompt whose encoding takes long enough to be seen
 ECHO_ROWS = 64
 """Prompt rows that give logits in one step with --echo; memory for them is rows * vocabulary * 4 bytes."""
 
@@ -138,6 +139,8 @@ def _run(options: RunOptions) -> int:
             from kvrun.cli.run_each import answer_each
 
             return answer_each(runner)
+        if len(prompt) > _LONG:
+            console.progress("encoding the prompt", len(prompt.encode()), None, unit="B")
         return runner.answer(runner.encode(prompt))
     finally:
         engine.close()

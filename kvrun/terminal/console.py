@@ -206,5 +206,5 @@ class Console:
     def clear_progress(self) -> None:
         """Takes the status line away."""
         if self._drawn:
-            self._drawn = False
+            self._drawn, self._next_draw = False, 0.0
             streams.write_if_possible(streams.STDERR, b"\r\x1b[K")

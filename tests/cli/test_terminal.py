@@ -21,6 +21,13 @@ def test_run_leaves_no_progress_behind(terminal, random_folder):
     assert lines[-1].startswith("prompt ") and "reading" not in screen.display and "loading" not in screen.display
 
 
+def test_a_long_prompt_is_seen_to_be_encoded(terminal, random_folder, tmp_path):
+    (tmp_path / "long").write_text("word " * 200_000)
+    screen = terminal("run", random_folder, "-f", tmp_path / "long", columns=300)
+    screen.wait_for("encoding the prompt: 977 KiB")
+    assert screen.end() == 7 and "encoding" not in screen.display
+
+
 def test_lines_of_ours_break_between_words(terminal, scripted):
     screen = terminal("chat", scripted, columns=60, rows=50)
     screen.wait_prompt()
