@@ -22,16 +22,20 @@ static __host__ __device__ __forceinline__ int splits_of(int dim) { return dim /
 static __host__ __device__ __forceinline__ int k_turns(int dtype, int dim) { return dtype == KV_Q8 ? dim / 16 : dim / 32; }
 static __host__ __device__ __forceinline__ int v_turns(int dtype, int dim) { return KV_PAGE / splits_of(dim) / (dtype == KV_Q8 ? 16 : 32); }
 
-// Shared memory of a block, in floats. scale: what the scores of a query are multiplied with. k_words, v_words: of staged pages, and in
-// k_rest and v_rest what follows the codes in them.
+// Shared memory of a block, in floats. q: of KV_Q4 floats, otherwise operands; factor, factors: floats and operands of KV_Q4. score: rows of
+// `stride`, such that a warp's rows lie in different banks; weights: operands of the probabilities where V is 16-bit. scale: what the scores
+// of a query are multiplied with. k_words, v_words: of staged pages, and in k_rest and v_rest what follows the codes in them.
 struct TileLayout {
-    int q, factor, score, total, scale, constant, top, length, keep, mask, k_words, k_rest, v_words, v_rest, end;
-    TileLayout(const kv_op_attend &op, int tile) {
-        const int d = op.head_dim, k = op.cache.k_dtype, v = op.cache.v_dtype, of_turn = 4 * kAttendThreads;
+    int q, factor, factors, score, stride, weights, total, scale, constant, top, length, keep, mask, k_words, k_rest, v_words, v_rest, end;
+    TileLayout(const kv_op_attend &op, int tile, int terms) {
+        const int d = op.head_dim, k = op.cache.k_dtype, v = op.cache.v_dtype, of_turn = 4 * kAttendThreads, of_rows = operand_words(tile, d / 16, terms);
         q = 0;
-        factor = q + tile * d;
-        score = factor + (op.cache.k_dtype == KV_Q4 ? tile * d : 0);
-        total = score + tile * KV_PAGE;
+        factor = q + (k == KV_Q4 ? tile * d : of_rows);
+        factors = factor + (k == KV_Q4 ? tile * d : 0);
+        score = factors + (k == KV_Q4 ? of_rows : 0);
+        stride = KV_PAGE + (v == KV_Q8 ? 16 : 4);
+        weights = score + tile * stride;
+        total = weights + (is_quantized(v) ? 0 : operand_words(tile, KV_PAGE / 16, terms));
         scale = total + tile * d;
         constant = scale + tile;
         top = constant + tile;
@@ -55,6 +59,10 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, d = op.head_dim;
     const int begin = tile.begin, first = tile.first, queries = tile.queries, kv_head = tile.kv_head;
     float *q = shared + at.q, *factor = shared + at.factor, *score = tile.work, *total = tile.total, *scale_of = shared + at.scale;
+    const PackedRows<F16, TERMS, HALF> q_halves{(uint32_t *)q, d / 16}, factors{(uint32_t *)shared + at.factors, d / 16};
+    const PackedRows<Bf16, TERMS, HALF> q_brains{(uint32_t *)q, d / 16};
+    const PackedRows<F16, TERMS, HALF> halves{(uint32_t *)shared + at.weights, KV_PAGE / 16};
+    const PackedRows<Bf16, TERMS, HALF> brains{(uint32_t *)shared + at.weights, KV_PAGE / 16};
     float *constant = shared + at.constant, *top = tile.top, *length = tile.length, *keep = shared + at.keep;
     uint32_t *mask = (uint32_t *)(shared + at.mask);
     const int k_dtype = op.cache.k_dtype, v_dtype = op.cache.v_dtype;
@@ -95,7 +103,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
     if (HALF) send_for_k(page), send_for_v(page);
     for (int n = warp; n < kTile; n += kTileWarps) {
         const int row = begin + (first + n) / group, head = kv_head * group + (first + n) % group;
-        float *to = q + n * d, most = 0;
+        float *to = (k_dtype == KV_Q4 ? q : total) + n * d, most = 0;
         const float *from = op.qkv + ((int64_t)row * (op.heads + 2 * op.kv_heads) + head) * d;
         for (int c = lane; c < d; c += 32) to[c] = n < queries ? from[c] * scale : 0.f;
         if (k_dtype == KV_Q8) rotate(to, d, lane);
@@ -105,10 +113,18 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
             power = power_near_one(warp_max(most));
             for (int c = lane; c < d; c += 32) to[c] *= power;
         }
-        for (int i = lane; i < KV_PAGE; i += 32) score[n * KV_PAGE + i] = 0;
+        __syncwarp();
+        for (int c = 2 * lane; c < d && k_dtype != KV_Q4; c += 64) {
+            const float2 x = *(const float2 *)(to + c);
+            if (k_dtype == KV_BF16) q_brains.put(n, pair_of_halves(c), x.x, x.y);
+            else q_halves.put(n, k_dtype == KV_Q8 ? pair_of_bytes(c) : pair_of_halves(c), x.x, x.y);
+        }
+        __syncwarp();
+        for (int i = lane; i < KV_PAGE; i += 32) score[n * at.stride + i] = 0;
         for (int c = lane; c < d; c += 32) total[n * d + c] = 0;
         if (lane == 0) scale_of[n] = 1 / power, top[n] = kLowest, length[n] = 0, keep[n] = 0, constant[n] = 0;
     }
+    for (int i = threadIdx.x; i < at.total - at.weights; i += kAttendThreads) shared[at.weights + i] = 0;
     if (HALF) wait_copies<1>();                  // K is here
     __syncthreads();
 
@@ -139,15 +155,16 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                     rescale(ng, false, 1);
 #pragma unroll
                     for (int mt = 0; mt < MT; mt++) {
-                        float *low = total + (16 * mt + g) * d + 32 * group_of_channels + 8 * t, *high = low + 8 * d;
+                        float *to = total + (16 * mt + g) * d + 32 * group_of_channels + 8 * t;
 #pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            add_terms<HALF>(sum[ng][mt][i]);
-                            low[i] += sum[ng][mt][i][0];
-                            low[4 + i] += sum[ng][mt][i][1];
-                            if (!HALF) high[i] += sum[ng][mt][i][2], high[4 + i] += sum[ng][mt][i][3];
-                            sum[ng][mt][i][0] = sum[ng][mt][i][1] = sum[ng][mt][i][2] = sum[ng][mt][i][3] = 0;
+                        for (int i = 0; i < 4; i++) add_terms<HALF>(sum[ng][mt][i]);
+#pragma unroll
+                        for (int c = 0; c < (HALF ? 2 : 4); c++) {
+                            float4 *four = (float4 *)(to + c / 2 * 8 * d + c % 2 * 4), x = *four;
+                            *four = make_float4(x.x + sum[ng][mt][0][c], x.y + sum[ng][mt][1][c], x.z + sum[ng][mt][2][c], x.w + sum[ng][mt][3][c]);
                         }
+#pragma unroll
+                        for (int i = 0; i < 16; i++) sum[ng][mt][i / 4][i % 4] = 0;
                     }
                 }
             __syncthreads();
@@ -180,7 +197,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 float most = 0;
                 for (int c = lane; c < d; c += 32) most = fmaxf(most, fabsf(factor[n * d + c]));
                 const float power = power_near_one(warp_max(most));
-                for (int c = lane; c < d; c += 32) factor[n * d + c] *= power;
+                for (int c = 2 * lane; c < d; c += 64) factors.put(n, pair_of_nibbles(c), factor[n * d + c] * power, factor[n * d + c + 1] * power);
                 if (lane == 0) scale_of[n] = 1 / power;
             }
             __syncthreads();
@@ -192,12 +209,12 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
             if (k_dtype == KV_Q8) {
                 const Words words = HALF ? staged_words<kAttendThreads>(shared + at.k_words) : TokenBlocks{k + (int64_t)2 * warp * d * 16, (int64_t)d * 16}.quads(lane);
                 const uint16_t *scales = HALF ? (const uint16_t *)(shared + at.k_rest) : (const uint16_t *)(k + KV_PAGE * d);
-                scores_8<MT, TERMS, HALF>(words, scales + warp * d, d / 2, d, q, lane, s);
+                scores_8<MT, TERMS, HALF>(words, scales + warp * d, d / 2, d, q_halves, lane, s);
             } else if (k_dtype == KV_F16)
-                scores_16<F16, MT, TERMS, HALF>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q, lane, s);
+                scores_16<MT, HALF>({k + (int64_t)2 * warp * d * 32, (int64_t)d * 32}, d, q_halves, lane, s);
             else if (coded)
                 scores_4<MT, TERMS, HALF>(HALF ? staged_words<kAttendThreads>(shared + at.k_words) : TokenBlocks{k + (int64_t)2 * warp * d * 8, (int64_t)d * 8}.quads(lane), mask,
-                                          d, factor, lane, s);
+                                          d, factors, lane, s);
 #pragma unroll
             for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -212,7 +229,9 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 float exact[MT][4][4] = {};
                 const char *from = k_dtype == KV_BF16 ? k : sinks ? side.k_sinks() : side.k_open();
                 // Under `sinks` the second block is read from the first one's place, and thrown away.
-                scores_16<Bf16, MT, TERMS, HALF>({from + (int64_t)2 * warp * d * 32, sinks ? 0 : (int64_t)d * 32}, d, q, lane, exact);
+                const TokenBlocks blocks{from + (int64_t)2 * warp * d * 32, sinks ? 0 : (int64_t)d * 32};
+                if (k_dtype == KV_BF16) scores_16<MT, HALF>(blocks, d, q_brains, lane, exact);
+                else scores_16<MT, HALF>(blocks, d, LooseRows<Bf16, TERMS, HALF>{q, d}, lane, exact);
 #pragma unroll
                 for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -227,33 +246,44 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 for (int half = 0; half < (HALF ? 1 : 2); half++) {
                     const int n = 16 * mt + g + 8 * half;
                     if (n >= queries) continue;
-                    float *to = score + n * KV_PAGE + token0 + 8 * t;
-                    *(float4 *)to = make_float4(s[mt][0][2 * half], s[mt][1][2 * half], s[mt][2][2 * half], s[mt][3][2 * half]);
-                    *(float4 *)(to + 4) = make_float4(s[mt][0][2 * half + 1], s[mt][1][2 * half + 1], s[mt][2][2 * half + 1], s[mt][3][2 * half + 1]);
+                    float4 *to = (float4 *)(score + n * at.stride + token0 + 8 * t);
+#pragma unroll
+                    for (int c = 0; c < 2; c++)
+                        to[c] = make_float4(s[mt][0][2 * half + c], s[mt][1][2 * half + c], s[mt][2][2 * half + c], s[mt][3][2 * half + c]);
                 }
         }
         __syncthreads();
         if (HALF) send_for_k(page + 1);
         for (int n = warp; n < queries; n += kTileWarps) {
             const Slots mine = slots_of(base, state->pos[begin + (first + n) / group], op.window);
-            float *of = score + n * KV_PAGE, x[KV_PAGE / 32], most = kLowest;
+            static_assert(KV_PAGE == 4 * 32, "four slots a lane");
+            float *of = score + n * at.stride + 4 * lane, most = kLowest;
+            const float4 scores = *(const float4 *)of;
+            float x[4] = {scores.x, scores.y, scores.z, scores.w};
 #pragma unroll
-            for (int i = 0; i < KV_PAGE / 32; i++) {
-                const int slot = lane + 32 * i;
-                x[i] = kLowest;
-                if (slot < mine.low || slot >= mine.high) continue;
-                x[i] = op.softcap > 0 ? op.softcap * tanhf(of[slot]) : of[slot];
+            for (int i = 0; i < 4; i++) {
+                const int slot = 4 * lane + i;
+                if (slot < mine.low || slot >= mine.high) x[i] = kLowest;
+                else x[i] = op.softcap > 0 ? op.softcap * tanhf(x[i]) : x[i];
                 most = fmaxf(most, x[i]);
             }
             const float before = top[n], now = fmaxf(before, warp_max(most));
             float added = 0;
 #pragma unroll
-            for (int i = 0; i < KV_PAGE / 32; i++) {
-                const int slot = lane + 32 * i;
-                const float p = slot < mine.low || slot >= mine.high ? 0.f : expf(x[i] - now);
-                of[slot] = p;
-                added += p;
+            for (int i = 0; i < 4; i++) {
+                const int slot = 4 * lane + i;
+                x[i] = slot < mine.low || slot >= mine.high ? 0.f : expf(x[i] - now);
+                added += x[i];
             }
+            if (is_quantized(v_dtype)) *(float4 *)of = make_float4(x[0], x[1], x[2], x[3]);
+            else
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const bool second = HALF ? i == 1 : (lane / 8 + i) % 2;      // half of the lanes begin with their second pair: more banks
+                    const float a = second ? x[2] : x[0], b = second ? x[3] : x[1];
+                    if (v_dtype == KV_F16) halves.put(n, pair_of_halves(4 * lane + 2 * second), a, b);
+                    else brains.put(n, pair_of_halves(4 * lane + 2 * second), a, b);
+                }
             added = warp_sum(added);
             __syncwarp();
             if (lane == 0) {
@@ -298,11 +328,11 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                     const float near_one = power_near_one(greatest(scales, some, lane));
                     rescale(ng, true, near_one);
                     if (dtype == KV_Q8) {
-                        sums_8<MT, TERMS, HALF>(v_words, scales, near_one, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                        sums_8<MT, TERMS, HALF>(v_words, scales, near_one, tokens_from, tokens_to, score, at.stride, some, lane, sum[ng]);
                     } else {
                         float rest[MT][2] = {};
                         const uint16_t *zeros = scales + d / of_group * KV_PAGE;
-                        sums_4<MT, TERMS, HALF>(v_words, scales, zeros, near_one, tokens_from, tokens_to, score, some, lane, sum[ng], rest);
+                        sums_4<MT, TERMS, HALF>(v_words, scales, zeros, near_one, tokens_from, tokens_to, score, at.stride, some, lane, sum[ng], rest);
 #pragma unroll
                         for (int mt = 0; mt < MT; mt++)
 #pragma unroll
@@ -317,8 +347,9 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                     }
                 } else {
                     if (!exact) rescale(ng, true, 1);
-                    if (dtype == KV_F16) sums_16<F16, MT, TERMS, HALF>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
-                    else sums_16<Bf16, MT, TERMS, HALF>(words, d, tokens_from, tokens_to, score, some, lane, sum[ng]);
+                    if (dtype == KV_F16) sums_16<MT>(words, d, tokens_from, tokens_to, halves, some, lane, sum[ng]);
+                    else if (!exact) sums_16<MT>(words, d, tokens_from, tokens_to, brains, some, lane, sum[ng]);
+                    else sums_16<MT>(words, d, tokens_from, tokens_to, LooseRows<Bf16, TERMS, HALF>{score, at.stride}, some, lane, sum[ng]);
                 }
             }
             if (exact) {
@@ -354,7 +385,7 @@ attend_tiles(kv_op_attend op, const kv_state *state, Tiles tiles, int row0, Part
 
 cudaError_t launch_attend_tiles(const kv_op_attend &op, const kv_state *state, const Tiles &t, int row0, const PartResults &results, dim3 grid,
                                 cudaStream_t stream) {
-    const TileLayout at(op, t.tile);              // a parameter takes no registers
+    const TileLayout at(op, t.tile, t.tile == 32 ? 1 : 2);              // a parameter takes no registers
     const bool wide = op.head_dim > kWideTileDim;
     const auto kernel = t.tile == 32 ? attend_tiles<2, 1, 1, false> : t.tile == 16 ? attend_tiles<1, 2, 2, false>
                         : wide ? attend_tiles<1, 2, 2, true> : attend_tiles<1, 1, 2, true>;

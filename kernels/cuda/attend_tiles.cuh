@@ -2,7 +2,7 @@
 // are loaded. MT: tiles of 16 queries. TERMS: of the operands that are made from floats, HALF: their terms share one operand, for 8 queries (mma.cuh).
 #pragma once
 #include "attend.cuh"
-#include "mma.cuh"
+#include "operands.cuh"
 #include "stage.cuh"
 
 namespace kv {
@@ -28,20 +28,16 @@ static __device__ __forceinline__ Words quads_of_v(const char *v, int dtype, int
     return {v + (dtype == KV_Q8 ? kv_v8_index(token + 4 * t, channel + 4 * g) : kv_v4_index(token + 8 * t, channel + 4 * g)), 256};
 }
 
-template <class H, int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const float *q, int lane, float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
+// q: PackedRows or LooseRows.
+template <int MT, bool HALF, class Rows>
+static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, const Rows &q, int lane, float (*sum)[4][4]) {
+    const int t = lane % 4;
 #pragma unroll 1
     for (int s = 0; s < dim / 16; s++) {
         const uint4 low = k.words(8 * s + t, lane), high = k.words(8 * s + 4 + t, lane);
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS, HALF> a;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 x = *(const float2 *)(q + (16 * mt + g + (HALF ? 0 : i % 2 * 8)) * dim + 16 * s + 2 * t + i / 2 * 8);
-                a.set(i, x.x, x.y);
-            }
+            const auto a = q.at(mt, s, lane);
             a.multiply(sum[mt][0], low.x, high.x);
             a.multiply(sum[mt][1], low.y, high.y);
             a.multiply(sum[mt][2], low.z, high.z);
@@ -52,21 +48,11 @@ static __device__ __forceinline__ void scores_16(const TokenBlocks &k, int dim, 
     for (int i = 0; i < 4 * MT; i++) add_terms<HALF>(sum[i / 4][i % 4]);
 }
 
-// A of rows g and g + 8, four channels of each: at x and at x + 8 rows.
-template <int TERMS, bool HALF>
-static __device__ __forceinline__ void set_quads(OperandA<F16, TERMS, HALF> &a, const float *x, int stride) {
-    const float4 first = *(const float4 *)x, second = *(const float4 *)(HALF ? x : x + 8 * stride);
-    a.set(0, first.x, first.y);
-    a.set(1, second.x, second.y);
-    a.set(2, first.z, first.w);
-    a.set(3, second.z, second.w);
-}
-
 // k: the words that quads() gives. scales: f16 [dim/32][16] of the first block of tokens, those of the other one scale_stride further.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void scores_8(const Words &k, const uint16_t *scales, int scale_stride, int dim, const float *q, int lane,
-                                                float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
+static __device__ __forceinline__ void scores_8(const Words &k, const uint16_t *scales, int scale_stride, int dim, const PackedRows<F16, TERMS, HALF> &q,
+                                                int lane, float (*sum)[4][4]) {
+    const int t = lane % 4;
     for (int group = 0; group < dim / 32; group++) {
         float part[MT][4][4] = {};
 #pragma unroll
@@ -75,8 +61,7 @@ static __device__ __forceinline__ void scores_8(const Words &k, const uint16_t *
             const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
-                OperandA<F16, TERMS, HALF> a;
-                set_quads(a, q + (16 * mt + g) * dim + 16 * s + 4 * t, dim);
+                const auto a = q.at(mt, s, lane);
 #pragma unroll
                 for (int i = 0; i < 4; i++) a.multiply(part[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
             }
@@ -98,18 +83,15 @@ static __device__ __forceinline__ void scores_8(const Words &k, const uint16_t *
 
 // k: the words that quads() gives. factor and mask as prepare_q4 makes them.
 template <int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void scores_4(const Words &k, const uint32_t *mask, int dim, const float *factor, int lane,
+static __device__ __forceinline__ void scores_4(const Words &k, const uint32_t *mask, int dim, const PackedRows<F16, TERMS, HALF> &factor, int lane,
                                                 float (*sum)[4][4]) {
-    const int g = lane / 4, t = lane % 4;
+    const int t = lane % 4;
     for (int s = 0; s < dim / 32; s++) {
         const uint4 v = k(s);
         const uint32_t w[4] = {v.x, v.y, v.z, v.w}, low = mask[4 * s + t];
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<F16, TERMS, HALF> high_codes, low_codes;
-            const float *at = factor + (16 * mt + g) * dim + 8 * (4 * s + t);
-            set_quads(high_codes, at, dim);
-            set_quads(low_codes, at + 4, dim);
+            const auto high_codes = factor.at(mt, 2 * s, lane), low_codes = factor.at(mt, 2 * s + 1, lane);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 high_codes.multiply(sum[mt][i], unsigned_halves(w[i] & ~low, false), unsigned_halves(w[i] & ~low, true));
@@ -129,10 +111,9 @@ static __device__ __forceinline__ uint32_t inside(int token, Slots slots) {
 
 // Weighted sums of 32 channels by a warp: sum[mt][i] is operand D whose column c is channel 4c + i. v: of a 16-bit page word 0
 // of the first of them, a word row having `dim` words; of a quantized one the words that quads_of_v() gives from `from` on.
-// Tokens [from, to), multiples of 32, of which those in `slots` count. weight: [tile][128].
-template <class H, int MT, int TERMS, bool HALF>
-static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const float *weight, Slots slots, int lane,
-                                               float (*sum)[4][4]) {
+// Tokens [from, to), multiples of 32, of which those in `slots` count. weight: PackedRows or LooseRows, of floats [tile][stride].
+template <int MT, class Rows>
+static __device__ __forceinline__ void sums_16(const char *v, int dim, int from, int to, const Rows &weight, Slots slots, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int s = from / 16; s < to / 16; s++) {
@@ -146,12 +127,7 @@ static __device__ __forceinline__ void sums_16(const char *v, int dim, int from,
         }
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
-            OperandA<H, TERMS, HALF> a;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 p = *(const float2 *)(weight + (16 * mt + g + (HALF ? 0 : i % 2 * 8)) * KV_PAGE + 16 * s + 2 * t + i / 2 * 8);
-                a.set(i, p.x, p.y);
-            }
+            const auto a = weight.at(mt, s, lane);
             a.multiply(sum[mt][0], low.x, high.x);
             a.multiply(sum[mt][1], low.y, high.y);
             a.multiply(sum[mt][2], low.z, high.z);
@@ -191,7 +167,7 @@ template <int TERMS, bool HALF> static __device__ __forceinline__ void set_rows(
 // scales: f16 [128] of these channels; `unit`: brings them near 1.
 template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_8(const Words &v, const uint16_t *scales, float unit, int from, int to,
-                                              const float *weight, Slots slots, int lane, float (*sum)[4][4]) {
+                                              const float *weight, int stride, Slots slots, int lane, float (*sum)[4][4]) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int s = from / 16; s < to / 16; s++) {
@@ -203,8 +179,8 @@ static __device__ __forceinline__ void sums_8(const Words &v, const uint16_t *sc
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
             OperandA<F16, TERMS, HALF> a;
-            const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-            set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * KV_PAGE, scale));
+            const float *p = weight + (16 * mt + g) * stride + token;
+            set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * stride, scale));
 #pragma unroll
             for (int i = 0; i < 4; i++) a.multiply(sum[mt][i], signed_halves(w[i], false), signed_halves(w[i], true));
         }
@@ -214,7 +190,7 @@ static __device__ __forceinline__ void sums_8(const Words &v, const uint16_t *sc
 // As sums_8; zeros: f16 [128]. What they add to each channel of rows g and g + 8 goes to rest[mt][2], in parts by lane.
 template <int MT, int TERMS, bool HALF>
 static __device__ __forceinline__ void sums_4(const Words &v, const uint16_t *scales, const uint16_t *zeros, float unit,
-                                              int from, int to, const float *weight, Slots slots, int lane, float (*sum)[4][4], float (*rest)[2]) {
+                                              int from, int to, const float *weight, int stride, Slots slots, int lane, float (*sum)[4][4], float (*rest)[2]) {
     const int g = lane / 4, t = lane % 4;
     for (int s = from / 32; s < to / 32; s++) {
         if (32 * s >= slots.high || 32 * s + 32 <= slots.low) continue;
@@ -228,10 +204,10 @@ static __device__ __forceinline__ void sums_4(const Words &v, const uint16_t *sc
 #pragma unroll
             for (int mt = 0; mt < MT; mt++) {
                 OperandA<F16, TERMS, HALF> a;
-                const float *p = weight + (16 * mt + g) * KV_PAGE + token;
-                set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * KV_PAGE, scale));
+                const float *p = weight + (16 * mt + g) * stride + token;
+                set_rows(a, folded(p, scale), folded(HALF ? p : p + 8 * stride, scale));
                 rest[mt][0] += dot(p, zero);
-                if (!HALF) rest[mt][1] += dot(p + 8 * KV_PAGE, zero);
+                if (!HALF) rest[mt][1] += dot(p + 8 * stride, zero);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint32_t codes = w[i] >> 4 * half & 0x0f0f0f0fu;

@@ -53,8 +53,10 @@ template <class H, int TERMS, bool HALF> struct OperandA {
     __device__ __forceinline__ void set(int i, float x, float y) {
         if (HALF && i % 2) return;
         a[0][i] = pack2<H>(x, y);
-        if (TERMS == 2) a[kOperands - 1][HALF ? i + 1 : i] = pack2<H>(x - H::low(a[0][i]), y - H::high(a[0][i]));
+        if (TERMS == 2) a[kOperands - 1][HALF ? i + 1 : i] = rest_of(a[0][i], x, y);
     }
+    // The second term of x and y, of which `first` is the other.
+    static __device__ __forceinline__ uint32_t rest_of(uint32_t first, float x, float y) { return pack2<H>(x - H::low(first), y - H::high(first)); }
     __device__ __forceinline__ void multiply(float *d, uint32_t b0, uint32_t b1) const {
 #pragma unroll
         for (int i = 0; i < kOperands; i++) mma<H>(d, a[i], b0, b1);

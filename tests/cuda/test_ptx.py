@@ -30,7 +30,8 @@ def executor(ptx_build, monkeypatch) -> str:
 UNORDERED = "nothing between that puts the two in order"
 # What is planted: (source, the file of it that is changed, what is there, what takes its place, which tests, what must be said)
 PLANTED = {
-    "a missing barrier": ("linear.cu", "linear.cuh", "part[threadIdx.x / 32]);\n    __syncthreads();\n", "part[threadIdx.x / 32]);\n", "test_linear", UNORDERED),
+    "a missing barrier": ("linear.cu", "linear.cuh", "part[threadIdx.x / 32]);\n    __syncthreads();\n", "part[threadIdx.x / 32]);\n", "test_linear",
+                          f"{UNORDERED}|which this block has not written"),
     "a missing barrier of a warp": ("append.cu", "rotate.cuh", "        __syncwarp();\n        for", "        for", "to_the_bit and 64", UNORDERED),
     "a missing fence": ("linear_qkv.cu", "launch.cuh", "        __threadfence();\n        last", "        last", "test_qkv and 64", UNORDERED),
     "a read of what the kernel before writes": ("norm.cu", "norm.cu", "    begin_kernel();\n", "    if (op.x[0] == 7) return;\n    begin_kernel();\n",
