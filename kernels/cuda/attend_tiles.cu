@@ -106,7 +106,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         float *to = (k_dtype == KV_Q4 ? q : total) + n * d, most = 0;
         const float *from = op.qkv + ((int64_t)row * (op.heads + 2 * op.kv_heads) + head) * d;
         for (int c = lane; c < d; c += 32) to[c] = n < queries ? from[c] * scale : 0.f;
-        if (k_dtype == KV_Q8) rotate(to, d, lane);
+        if (k_dtype == KV_Q8 && n < queries) rotate<4 * NG>(to, d, lane);
         float power = 1;
         if (k_dtype == KV_Q8 || k_dtype == KV_F16) {
             for (int c = lane; c < d; c += 32) most = fmaxf(most, fabsf(to[c]));
@@ -171,7 +171,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
         }
     };
     auto rotate_total = [&]() {
-        for (int n = warp; n < queries; n += kTileWarps) rotate(total + n * d, d, lane);
+        for (int n = warp; n < queries; n += kTileWarps) rotate<4 * NG>(total + n * d, d, lane);
         __syncthreads();
     };
 

@@ -32,7 +32,8 @@ UNORDERED = "nothing between that puts the two in order"
 PLANTED = {
     "a missing barrier": ("linear.cu", "linear.cuh", "part[threadIdx.x / 32]);\n    __syncthreads();\n", "part[threadIdx.x / 32]);\n", "test_linear",
                           f"{UNORDERED}|which this block has not written"),
-    "a missing barrier of a warp": ("append.cu", "rotate.cuh", "        __syncwarp();\n        for", "        for", "to_the_bit and 64", UNORDERED),
+    "a missing barrier of a warp": ("append.cu", "append.cuh", "        __syncwarp();\n        const int half", "        const int half", "test_append and 96",
+                                    f"{UNORDERED}|which this block has not written"),
     "a missing fence": ("linear_qkv.cu", "launch.cuh", "        __threadfence();\n        last", "        last", "test_qkv and 64", UNORDERED),
     "a read of what the kernel before writes": ("norm.cu", "norm.cu", "    begin_kernel();\n", "    if (op.x[0] == 7) return;\n    begin_kernel();\n",
                                                 "ops_run_in_order", "before it waited for that one"),
