@@ -246,7 +246,7 @@ static __device__ __forceinline__ void sum_pages(const kv_op_attend &op, const k
                 for (int half = 0; half < (HALF ? 1 : 2); half++) {
                     const int n = 16 * mt + g + 8 * half;
                     if (n >= queries) continue;
-                    float4 *to = (float4 *)(score + n * at.stride + token0 + 8 * t);
+                    float4 *to = (float4 *)score + n * (at.stride / 4) + token0 / 4 + 2 * t;
 #pragma unroll
                     for (int c = 0; c < 2; c++)
                         to[c] = make_float4(s[mt][0][2 * half + c], s[mt][1][2 * half + c], s[mt][2][2 * half + c], s[mt][3][2 * half + c]);

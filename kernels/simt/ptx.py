@@ -1,5 +1,6 @@
 """Translates PTX, as nvcc makes it of kernels/cuda, to C++ over ptx.h: what the compiler made of the kernels runs on the host, the
-instructions written by hand among it. Only what nvcc emits for these sources is known; anything else is an error.
+instructions written by hand among it. Only what nvcc emits for these sources is known; anything else is an error. With sites, every access to
+memory is known by its line of the source, for count.h.
 
 Source: PTX ISA 9.0.
 """
@@ -21,6 +22,7 @@ class Function(Instructions):
 
     def __init__(self, module: Module, name: str, head: str, body: str) -> None:
         """head: what stands before the body."""
+        self.line = "?"                                  # of the source, FILE:LINE
         super().__init__(module, re.findall(r"\.param [^,()]*?([\w$]+_param_\d+)", head))
         self.name, self.entry = name, ".entry" in head
         limit = re.search(r"\.maxntid (\d+), (\d+), (\d+)", head)
@@ -56,6 +58,9 @@ class Function(Instructions):
             guard = f"if ({self.value(predicate, 'pred')}) "
         opcode, _, operands = text.partition(" ")
         done = self.instruction(opcode.split("."), split(operands.strip()))
+        if self.module.sites is not None and re.match(r"(ld|st|atom|red|cp\.async\.cg)\.(?!param|local)", opcode):
+            self.module.sites.append(f"{self.line} {opcode}")
+            done = f"{{ ptx::site = first_site + {len(self.module.sites) - 1}; {done} }}"
         return f"    {guard}{{ {done} }}" if guard and done.count(";") > 1 else f"    {guard}{done}"
 
     def directive(self, text: str) -> str:
@@ -80,13 +85,23 @@ class Function(Instructions):
             return ""
         if kind == ".pragma":
             return ""
+        if kind == ".loc":                               # what is inlined has its caller behind a comma
+            number, line = text.split(",")[0].split()[1:3]
+            self.line = f"{self.module.files.get(number, number)}:{line}"
+            return ""
         raise Unknown("directive")
 
 
 class Module:
     """One file of PTX."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, sites: bool = False) -> None:
+        """sites: of PTX with -lineinfo."""
+        self.sites: list[str] | None = [] if sites else None
+        self.files = dict(re.findall(r'\.file\s+(\d+) "(?:[^"]*/)?([^"/]+)"', text)) if sites else {}
+        if sites:
+            text = re.sub(r"\n\s*\.file[^\n]*|\n\s*\.section[^{]*\{[^}]*\}", "", text)
+            text = re.sub(r"(\n\s*\.loc\s[^\n]*)", r"\1;", text)
         text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
         self.shared: dict[str, tuple[int, int]] = {}     # name -> (alignment, bytes); 0 bytes: the dynamic part
         self.constants: dict[str, str] = {}              # name -> its C++
@@ -134,6 +149,8 @@ class Module:
     def text(self) -> str:
         """The module in C++."""
         out = ['#include "ptx.h"', *self.constants.values()]
+        if self.sites is not None:
+            out += ['#include "count.h"', "static const uint32_t first_site = ptx::add_sites({" + ", ".join(f'"{site}"' for site in self.sites) + "});"]
         at, places = 0, {}
         for name, (alignment, size) in self.shared.items():
             if size:

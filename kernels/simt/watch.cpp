@@ -2,6 +2,12 @@
 #include "watch.h"
 #include "ptx.h"
 #include "ptx_launch.h"
+#ifdef PTX_COUNT
+#include "count.h"
+#else
+#define count_access(...) (void)0
+#define count_block() (void)0
+#endif
 #include <cstdarg>
 #include <cstdio>
 #include <unordered_map>
@@ -91,6 +97,7 @@ void begin_thread() {
     const uint32_t number = p.block.x + p.grid_size.x * (p.block.y + p.grid_size.y * p.block.z) + 1;
     if (number == block_number) return;
     block_number = number;
+    count_block();
     first_epoch = ++last_epoch;
     got.clear();
     threads.resize(p.block_size.x * p.block_size.y * p.block_size.z);
@@ -171,15 +178,22 @@ static void written(const Watched &w, uint32_t i) {
 }
 void read_shared(uint32_t at, uint32_t bytes) {
     const Access now = here(false);
+    count_access(true, now.thread, at, bytes);
     each_shared(at, bytes, [&](Watched &w, uint32_t i) { written(w, i), note_read(w, now, "shared", i); });
 }
-void write_shared(uint32_t at, uint32_t bytes, const void *value) {
+// value: what is written, nullptr where that is not known.
+static void note_shared_write(uint32_t at, uint32_t bytes, const void *value) {
     const Access now = here(false);
     const bool same = value && at + (uint64_t)bytes <= shared_bytes && !memcmp(value, shared_memory + at, bytes);
     each_shared(at, bytes, [&](Watched &w, uint32_t i) { note_write(w, now, same, "shared", i); });
 }
+void write_shared(uint32_t at, uint32_t bytes, const void *value) {
+    count_access(true, me(), at, bytes);
+    note_shared_write(at, bytes, value);
+}
 void atomic_shared(uint32_t at, uint32_t bytes) {
     const Access now = here(true);
+    count_access(true, now.thread, at, bytes);
     each_shared(at, bytes, [&](Watched &w, uint32_t i) { written(w, i), note_write(w, now, false, "shared", i); });
 }
 
@@ -199,7 +213,7 @@ void wait_copies(unsigned pending) {
     for (; groups.size() > pending; groups.erase(groups.begin()))
         for (const Copy &c : groups.front()) {
             for (uint32_t i = c.to; i < c.to + c.bytes; i++) shared_watch[i].flying--;
-            write_shared(c.to, c.bytes, nullptr);         // it counts as done now, too: others see it behind a barrier that follows
+            note_shared_write(c.to, c.bytes, nullptr);         // it counts as done now, too: others see it behind a barrier that follows
             memcpy(shared_memory + c.to, (const char *)c.from, c.bytes);
         }
 }
@@ -207,6 +221,7 @@ void wait_copies(unsigned pending) {
 // ---- global memory, by words ----
 
 template <class F> static void each_global(uint64_t at, uint32_t bytes, F touch) {
+    count_access(false, me(), at, bytes);
     if (at < 4096) stop_thread("touches global memory at %llx", (unsigned long long)at);
     if (bytes % 4 == 0) {
         for (uint64_t i = at; i < at + bytes; i += 4) {

@@ -60,6 +60,36 @@ def test_a_planted_mistake_is_found(ptx_build, name):
     assert done.returncode == 1 and re.search(said, done.stdout), done.stdout[-3000:] + done.stderr[-2000:]
 
 
+COUNTED = r"""
+#include "count.h"
+#include <cstdio>
+extern "C" void kv_count_tell(void (*)(const char *, int, uint64_t, uint64_t, uint64_t));
+
+int main() {
+    ptx::site = ptx::add_sites({"same", "row", "column", "wide", "apart"});
+    for (unsigned lane = 0; lane < 64; lane++) {             // two warps
+        const uint32_t first = ptx::site;
+        ptx::count_access(true, lane, 64, 4);
+        ptx::site++, ptx::count_access(true, lane, 4 * lane, 4);
+        ptx::site++, ptx::count_access(true, lane, 128 * lane, 4);
+        ptx::site++, ptx::count_access(true, lane, 16 * lane, 16);
+        ptx::site++, ptx::count_access(false, lane, 1000 * 32 + 64 * lane, 8);
+        ptx::site = first;
+    }
+    kv_count_tell([](const char *where, int shared, uint64_t accesses, uint64_t units, uint64_t least) {
+        printf("%s %d %d %d %d\n", where, shared, (int)accesses, (int)units, (int)least);
+    });
+}
+"""
+
+
+def test_what_accesses_cost(cxx, tmp_path):
+    (tmp_path / "main.cpp").write_text(COUNTED, encoding="utf-8")
+    subprocess.run([cxx, "-std=c++17", f"-I{translated.SIMT}", str(tmp_path / "main.cpp"), str(translated.SIMT / "count.cpp"), "-o", str(tmp_path / "main")], check=True)
+    said = subprocess.run([str(tmp_path / "main")], check=True, capture_output=True, text=True).stdout
+    assert said.splitlines() == ["same 1 2 2 2", "row 1 2 2 2", "column 1 2 64 2", "wide 1 2 8 8", "apart 0 2 64 16"]
+
+
 def test_nothing_may_be_fused_in_cache_pages(ptx_build):
     """A product or sum without a rounding of its own is the assembler's to fuse: pages are the same to the bit on every machine."""
     sources = translated.unfused()

@@ -38,10 +38,10 @@ def run(*command: object) -> None:
 
 
 class Build:
-    """A build in `folder` for the PTX of one architecture, two sources at a time."""
+    """A build in `folder` for the PTX of one architecture, two sources at a time. count: with kernels/simt/count.h."""
 
-    def __init__(self, nvcc: str, cxx: str, folder: Path, arch: int = 90) -> None:
-        self.nvcc, self.cxx, self.folder, self.arch = nvcc, cxx, folder, arch
+    def __init__(self, nvcc: str, cxx: str, folder: Path, arch: int = 90, *, count: bool = False) -> None:
+        self.nvcc, self.cxx, self.folder, self.arch, self.count = nvcc, cxx, folder, arch, count
         self.library = folder / "libkvrun_ptx.so"
 
     def whole(self) -> Path:
@@ -49,7 +49,7 @@ class Build:
         sources = sorted((KERNELS / "cuda").glob("*.cu"))
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self._module, sorted(sources, key=lambda path: -path.stat().st_size)))
-            list(pool.map(self._runtime, (SIMT / f"{name}.cpp" for name in ("simt", "ptx", "watch"))))
+            list(pool.map(self._runtime, (SIMT / f"{name}.cpp" for name in ("simt", "ptx", "watch", *(["count"] if self.count else [])))))
         host = ["-std=c++17", "-c", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         run(self.nvcc, *host, f"-DKVRUN_ARCH={self.arch}", SIMT / "cudart.cpp", "-o", self.folder / "cudart.o")
         run(self.nvcc, *host, "-Dkv_cuda_step=kv_cuda_step_within", KERNELS / "cuda/step.cpp", "-o", self.folder / "step.o")
@@ -73,15 +73,15 @@ class Build:
         kept.mkdir(exist_ok=True)
         host, device = self.folder / f"{prefix}{source.stem}-host.o", self.folder / f"{prefix}{source.stem}-device.o"
         run(self.nvcc, "-std=c++17", "-c", "--keep", "--keep-dir", kept, "-Xcompiler", "-fPIC,-fvisibility=hidden",
-            "-gencode", f"arch=compute_{self.arch},code=compute_{self.arch}", *(["-fmad=false"] if source.name in unfused() else []),
+            "-gencode", f"arch=compute_{self.arch},code=compute_{self.arch}", *(["-fmad=false"] if source.name in unfused() else []), *(["-lineinfo"] if self.count else []),
             '-DKVRUN_TARGETS="PTX on the host"', source, "-o", host)
         text = (kept / f"{source.stem}.ptx").read_text(encoding="utf-8")
-        (kept / "device.cpp").write_text(Module(text).text(), encoding="utf-8")
+        (kept / "device.cpp").write_text(Module(text, sites=self.count).text(), encoding="utf-8")
         run(self.cxx, *FLAGS, optimize, "-c", kept / "device.cpp", "-o", device)
         return [host, device]
 
     def _runtime(self, source: Path) -> None:
-        run(self.cxx, *FLAGS, "-O2", "-c", source, "-o", self.folder / f"{source.stem}.o")
+        run(self.cxx, *FLAGS, *(["-DPTX_COUNT"] if self.count else []), "-O2", "-c", source, "-o", self.folder / f"{source.stem}.o")
 
     def _link(self, library: Path, instead: dict[Path, Path] = {}) -> Path:  # noqa: B006 - only read
         objects = [instead.get(path, path) for path in sorted(self.folder.glob("*.o")) if not path.name.startswith("changed-")]
