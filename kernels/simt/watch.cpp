@@ -41,7 +41,7 @@ struct Thread {
     uint32_t epoch, warp_epoch;
     uint32_t fenced;              // the epoch of its last fence
     bool waits, wrote;            // has come to griddepcontrol.wait; wrote to global memory before
-    std::vector<uint64_t> early;  // words that it read before: of weights, one hopes
+    std::vector<uint64_t> early;  // words that it read before
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
 };
@@ -80,6 +80,7 @@ void stop_thread(const char *format, ...) {
 const char *what_failed() { return failed ? message : nullptr; }
 
 void begin_launch(const std::vector<Range> &variables, uint64_t dynamic_from) {
+    if (failed) shared_watch.clear();            // copies that were under way
     failed = false;
     block_number = 0;
     written_before.merge(written_now);
